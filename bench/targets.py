@@ -1,0 +1,108 @@
+"""The performance contract: reads targets.toml and says what a row owes to it."""
+
+from __future__ import annotations
+
+import operator
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quernstone.bench.rows import Row
+
+PATH = Path(__file__).with_name("targets.toml")
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+MEASURES = ("ours", "percent_of_limit", "error", "ratio")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the contract: `measure` of the row `id`, `comparison`, `value`.
+
+    `measure` is `ours`, `percent_of_limit`, `error` or `ratio`; a ratio names its `rival`.
+    """
+
+    id: str
+    measure: str
+    comparison: str
+    value: float
+    words: str
+    rival: str | None = None
+
+    def judge(self, row: Row) -> dict[str, Any]:
+        """The verdict: what was got, whether it is met, and by how much in percent.
+
+        `margin` is positive on the good side of the value, None where nothing was measured.
+        """
+        got = self._read(row)
+        met = got is not None and COMPARISONS[self.comparison](got, self.value)
+        margin = None
+        if got is not None and self.value:
+            margin = 100 * (got / self.value - 1)
+            if self.comparison.startswith("<"):
+                margin = -margin
+        return {
+            "measure": self.measure if self.rival is None else f"{self.measure} to {self.rival}",
+            "comparison": self.comparison,
+            "value": self.value,
+            "got": got,
+            "met": met,
+            "margin": margin,
+            "words": self.words,
+        }
+
+    def _read(self, row: Row) -> float | None:
+        if self.measure == "ratio":
+            rival = row.rivals.get(self.rival or "")
+            return rival.ratio if rival else None
+        got: float | None = getattr(row, self.measure)
+        return got
+
+
+class BadTargets(ValueError):
+    """targets.toml says something that cannot be measured."""
+
+
+def load(path: Path = PATH) -> list[Target]:
+    """Reads `[[target]]` tables; `ids` names every row that the same line holds for."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8")).get("target", [])
+    targets: list[Target] = []
+    for table in tables:
+        table = dict(table)
+        ids = table.pop("ids", None) or [table.pop("id")]
+        for row_id in ids:
+            target = Target(id=row_id, **table)
+            _check(target)
+            targets.append(target)
+    return targets
+
+
+def _check(target: Target) -> None:
+    if target.comparison not in COMPARISONS:
+        raise BadTargets(
+            f"{target.id}: comparison {target.comparison!r}, expected one of {list(COMPARISONS)}"
+        )
+    if target.measure not in MEASURES:
+        raise BadTargets(
+            f"{target.id}: measure {target.measure!r}, expected one of {list(MEASURES)}"
+        )
+    if (target.measure == "ratio") != (target.rival is not None):
+        raise BadTargets(f"{target.id}: a ratio names its rival, and nothing else does")
+
+
+def judge(row: Row, targets: Iterable[Target]) -> None:
+    """Writes the verdicts of the row's own targets into it."""
+    row.target = [target.judge(row) for target in targets if target.id == row.id]
+    row.met = all(verdict["met"] for verdict in row.target) if row.target else None
+
+
+def unknown(targets: Iterable[Target], ids: Iterable[str]) -> list[str]:
+    """Row ids that the contract names and no benchmark produces."""
+    known = set(ids)
+    return sorted({target.id for target in targets} - known)

@@ -1,0 +1,332 @@
+#include "attention/attention.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "attention/block.h"
+#include "common/cpu.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace quernstone::attention {
+namespace {
+
+constexpr std::int64_t kRowsPerBlock = 128;
+constexpr std::int64_t kMaxKeys = std::numeric_limits<std::int32_t>::max();
+constexpr float kNoSink = -std::numeric_limits<float>::infinity();
+
+thread_local double last_seconds = 0.0;
+
+template <class T>
+const Kernels& kernels() noexcept {
+    constexpr bool wide = sizeof(T) == sizeof(float);
+#if defined(QS_HAVE_X86)
+    switch (active_isa()) {
+        case Isa::kAvx512Bf16Vnni:
+            return wide ? avx512::kF32 : avx512_bf16_vnni::kBf16;
+        case Isa::kAvx512:
+            return wide ? avx512::kF32 : avx512::kBf16;
+        case Isa::kAvx2:
+            return wide ? avx2::kF32 : avx2::kBf16;
+        case Isa::kBaseline:
+            break;
+    }
+#endif
+    return wide ? baseline::kF32 : baseline::kBf16;
+}
+
+struct Extents {
+    std::int64_t b, h, g, t, s, d;
+};
+
+constexpr Status same(const char* what, std::int64_t got, const char* want,
+                      std::int64_t number) noexcept {
+    return got == number ? Status{} : invalid(what, got, want, number);
+}
+
+#define QS_TRY(expression)                                \
+    do {                                                  \
+        if (const Status qs_status = (expression); !qs_status.ok()) { \
+            return qs_status;                             \
+        }                                                 \
+    } while (false)
+
+Status check_positions(const View<const std::int64_t, 1>& view, const char* shape,
+                       const char* value, const Extents& e) noexcept {
+    if (!view.present()) {
+        return {};
+    }
+    QS_TRY(same(shape, view.extent[0], "the batch size", e.b));
+    for (std::int64_t b = 0; b < e.b; ++b) {
+        const std::int64_t x = *view.at(b);
+        if (x < 0 || x > e.s) {
+            return invalid(value, x, "0 <= value <= key count", e.s);
+        }
+    }
+    return {};
+}
+
+template <class T>
+Status check(const ForwardArgs<T>& a, const Extents& e) noexcept {
+    QS_TRY(same("k.shape[0] (batch)", a.k.extent[0], "q.shape[0] =", e.b));
+    QS_TRY(same("v.shape[0] (batch)", a.v.extent[0], "q.shape[0] =", e.b));
+    QS_TRY(same("v.shape[1] (heads)", a.v.extent[1], "k.shape[1] =", e.g));
+    QS_TRY(same("v.shape[2] (keys)", a.v.extent[2], "k.shape[2] =", e.s));
+    QS_TRY(same("k.shape[3] (head width)", a.k.extent[3], "q.shape[3] =", e.d));
+    QS_TRY(same("v.shape[3] (head width)", a.v.extent[3], "q.shape[3] =", e.d));
+    if (e.d < kMinWidth || e.d > kMaxWidth) {
+        return invalid("q.shape[3] (head width)", e.d, "16 to 256");
+    }
+    if (e.g == 0 || e.h % e.g != 0 || e.h == 0) {
+        return invalid("q.shape[1] (query heads)", e.h, "a positive multiple of k.shape[1] =",
+                       e.g);
+    }
+    if (e.s > kMaxKeys || e.t > kMaxKeys) {
+        return invalid("q.shape[2] or k.shape[2]", std::max(e.s, e.t), "at most", kMaxKeys);
+    }
+    if (!std::isfinite(a.scale)) {
+        return invalid("scale", std::isnan(a.scale) ? "nan" : "inf", "a finite number");
+    }
+    if (a.window < 0) {
+        return invalid("window", a.window, "at least 1");
+    }
+    if (a.kind == Kind::kSink) {
+        if (!a.sinks.present()) {
+            return invalid("sinks", "None", "a tensor [h] for kind 'sink'");
+        }
+        QS_TRY(same("sinks.shape[0]", a.sinks.extent[0], "q.shape[1] =", e.h));
+    } else if (a.sinks.present()) {
+        return invalid("sinks", "a tensor", "None unless kind is 'sink'");
+    }
+    if (a.kind == Kind::kGated) {
+        if (!a.gate.present()) {
+            return invalid("gate", "None", "logits [b, h, t] or [b, h, t, d] for kind 'gated'");
+        }
+        QS_TRY(same("gate.shape[0] (batch)", a.gate.extent[0], "q.shape[0] =", e.b));
+        QS_TRY(same("gate.shape[1] (heads)", a.gate.extent[1], "q.shape[1] =", e.h));
+        QS_TRY(same("gate.shape[2] (queries)", a.gate.extent[2], "q.shape[2] =", e.t));
+        if (a.gate.extent[3] != 1) {
+            QS_TRY(same("gate.shape[3] (head width)", a.gate.extent[3], "q.shape[3] =", e.d));
+        }
+    } else if (a.gate.present()) {
+        return invalid("gate", "a tensor", "None unless kind is 'gated'");
+    }
+    QS_TRY(check_positions(a.key_start, "key_start.shape[0]", "key_start", e));
+    QS_TRY(check_positions(a.key_lengths, "key_lengths.shape[0]", "key_lengths", e));
+    if (a.token_mask.present()) {
+        QS_TRY(same("token_mask.shape[0] (batch)", a.token_mask.extent[0], "q.shape[0] =", e.b));
+        QS_TRY(same("token_mask.shape[1] (queries)", a.token_mask.extent[1], "q.shape[2] =", e.t));
+    }
+    return {};
+}
+
+struct Range {
+    std::int32_t lo, hi;
+};
+
+// Keys that query t of batch b sees.
+template <class T>
+class Visibility {
+   public:
+    Visibility(const ForwardArgs<T>& a, const Extents& e, std::int64_t b) noexcept
+        : start_(a.key_start.present() ? *a.key_start.at(b) : 0),
+          length_(a.key_lengths.present() ? *a.key_lengths.at(b) : e.s),
+          offset_(e.s - e.t),
+          window_(a.window == 0 ? std::numeric_limits<std::int64_t>::max() / 4 : a.window),
+          causal_(a.causal) {}
+
+    [[nodiscard]] Range of(std::int64_t t) const noexcept {
+        const std::int64_t p = t + offset_;
+        const std::int64_t lo = std::max(start_, p - window_ + 1);
+        const std::int64_t hi = std::min(length_, causal_ ? p + 1 : p + window_);
+        return {static_cast<std::int32_t>(std::min(lo, kMaxKeys)),
+                static_cast<std::int32_t>(std::max(hi, std::int64_t{0}))};
+    }
+
+    [[nodiscard]] std::int32_t first() const noexcept {
+        return static_cast<std::int32_t>(start_);
+    }
+
+   private:
+    std::int64_t start_, length_, offset_, window_;
+    bool causal_;
+};
+
+// The work of one call: blocks of query rows, longest first where causal.
+template <class T>
+class Forward {
+   public:
+    Forward(const ForwardArgs<T>& args, const Extents& e) noexcept
+        : a_(args),
+          e_(e),
+          group_(e.h / e.g),
+          rows_(group_ * e.t),
+          blocks_((rows_ + kRowsPerBlock - 1) / kRowsPerBlock),
+          kernel_(pick()),
+          // The vanilla gate asks for the first key apart; plain attention does not.
+          first_key_apart_(args.kind == Kind::kVanilla && args.importance.present()) {}
+
+    [[nodiscard]] Status run(int threads) noexcept {
+        const std::int64_t tasks = e_.b * e_.g * blocks_;
+        if (a_.importance.present()) {
+            shares_.reset(new (std::nothrow) double[static_cast<std::size_t>(tasks * group_)]());
+            if (!shares_) {
+                return no_memory("importance", tasks * group_ * std::int64_t{sizeof(double)});
+            }
+        }
+        std::atomic<bool> starved{false};
+        parallel_for(tasks, threads, [&](std::int64_t i) noexcept {
+            if (!run_block(i % (e_.b * e_.g), blocks_ - 1 - i / (e_.b * e_.g))) {
+                starved.store(true, std::memory_order_relaxed);
+            }
+        });
+        if (starved.load()) {
+            return no_memory("workspace", static_cast<std::int64_t>(kernel_.scratch_bytes(
+                                              std::min(rows_, kRowsPerBlock), e_.d)));
+        }
+        if (a_.importance.present()) {
+            reduce_importance();
+        }
+        return {};
+    }
+
+   private:
+    [[nodiscard]] const Kernel& pick() const noexcept {
+        const Kernels& all = kernels<T>();
+        const bool few = rows_ <= all.narrow.lanes;
+        const bool thin = a_.window > 0 && a_.window < 16 * all.wide.lanes &&
+                          all.wide.lanes > 16 && group_ == 1;
+        return few || thin ? all.narrow : all.wide;
+    }
+
+    [[nodiscard]] bool run_block(std::int64_t bg, std::int64_t block_index) noexcept {
+        const std::int64_t b = bg / e_.g;
+        const std::int64_t g = bg % e_.g;
+        const std::int64_t begin = block_index * kRowsPerBlock;
+        const std::int64_t count = std::min(kRowsPerBlock, rows_ - begin);
+        std::byte* scratch = Scratch::of_this_thread().reserve(kernel_.scratch_bytes(count, e_.d));
+        if (scratch == nullptr) {
+            return false;
+        }
+        Row rows[kRowsPerBlock];
+        float gates[kRowsPerBlock];
+        const Visibility<T> visible(a_, e_, b);
+        for (std::int64_t r = 0; r < count; ++r) {
+            rows[r] = row(b, g, begin + r, visible);
+        }
+        Block block{};
+        block.rows = rows;
+        block.gates = a_.importance.present() ? gates : nullptr;
+        block.row_count = count;
+        block.k = a_.k.at(b, g, 0, 0);
+        block.v = a_.v.at(b, g, 0, 0);
+        block.q_col = a_.q.stride[3];
+        block.k_row = a_.k.stride[2];
+        block.k_col = a_.k.stride[3];
+        block.v_row = a_.v.stride[2];
+        block.v_col = a_.v.stride[3];
+        block.gate_col = a_.gate.stride[3];
+        block.width = e_.d;
+        block.scale = a_.scale;
+        block.gate = a_.kind != Kind::kGated        ? GateShape::kNone
+                     : a_.gate.extent[3] == 1 ? GateShape::kPerRow
+                                              : GateShape::kPerElement;
+        block.first_key = first_key_apart_ && e_.s > 0 && visible.first() < e_.s
+                              ? visible.first()
+                              : -1;
+        kernel_.run(block, scratch);
+        if (a_.importance.present()) {
+            double* share = shares_.get() + ((bg * blocks_) + block_index) * group_;
+            for (std::int64_t r = 0; r < count; ++r) {
+                const std::int64_t t = (begin + r) / group_;
+                if (counts(b, t, rows[r])) {
+                    share[(begin + r) % group_] += static_cast<double>(gates[r]);
+                }
+            }
+        }
+        return true;
+    }
+
+    [[nodiscard]] Row row(std::int64_t b, std::int64_t g, std::int64_t index,
+                          const Visibility<T>& visible) const noexcept {
+        const std::int64_t t = index / group_;
+        const std::int64_t h = g * group_ + index % group_;
+        const Range range = visible.of(t);
+        Row r{};
+        r.q = a_.q.at(b, h, t, 0);
+        r.gate = a_.gate.present() ? a_.gate.at(b, h, t, 0) : nullptr;
+        r.out = a_.out.at(b, h, t, 0);
+        r.lse = a_.lse.present() ? a_.lse.at(b, h, t) : nullptr;
+        r.sink = a_.sinks.present() ? *a_.sinks.at(h) : kNoSink;
+        r.lo = range.lo;
+        r.hi = range.hi;
+        if (first_key_apart_) {
+            r.sees_first = r.lo <= visible.first() && visible.first() < r.hi;
+            r.lo = std::max(r.lo, visible.first() + 1);
+        }
+        return r;
+    }
+
+    // A token whose gate nobody can tell (it sees no key, or none beside the
+    // first) is not part of the mean.
+    [[nodiscard]] bool counts(std::int64_t b, std::int64_t t, const Row& r) const noexcept {
+        return r.lo < r.hi && (!a_.token_mask.present() || *a_.token_mask.at(b, t));
+    }
+
+    void reduce_importance() const noexcept {
+        std::int64_t counted = 0;
+        for (std::int64_t b = 0; b < e_.b; ++b) {
+            const Visibility<T> visible(a_, e_, b);
+            for (std::int64_t t = 0; t < e_.t; ++t) {
+                Row r{};
+                const Range range = visible.of(t);
+                r.lo = first_key_apart_ ? std::max(range.lo, visible.first() + 1) : range.lo;
+                r.hi = range.hi;
+                counted += counts(b, t, r) ? 1 : 0;
+            }
+        }
+        for (std::int64_t h = 0; h < e_.h; ++h) {
+            double sum = 0.0;
+            for (std::int64_t b = 0; b < e_.b; ++b) {
+                for (std::int64_t i = 0; i < blocks_; ++i) {
+                    sum += shares_[static_cast<std::size_t>(
+                        ((b * e_.g + h / group_) * blocks_ + i) * group_ + h % group_)];
+                }
+            }
+            *a_.importance.at(h) =
+                counted == 0 ? 0.0F : static_cast<float>(sum / static_cast<double>(counted));
+        }
+    }
+
+    const ForwardArgs<T>& a_;
+    Extents e_;
+    std::int64_t group_, rows_, blocks_;  // rows of one key head: group x t, query-major
+    const Kernel& kernel_;
+    bool first_key_apart_;
+    std::unique_ptr<double[]> shares_;  // [b, g, block, group] sums of gates
+};
+
+}  // namespace
+
+template <class T>
+Status forward(const ForwardArgs<T>& args, int threads) noexcept {
+    const auto start = std::chrono::steady_clock::now();
+    const Extents e{args.q.extent[0], args.q.extent[1], args.k.extent[1],
+                    args.q.extent[2], args.k.extent[2], args.q.extent[3]};
+    QS_TRY(check(args, e));
+    const Status status = Forward<T>(args, e).run(threads);
+    last_seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return status;
+}
+
+template Status forward(const ForwardArgs<float>&, int) noexcept;
+template Status forward(const ForwardArgs<bf16>&, int) noexcept;
+
+double last_forward_seconds() noexcept { return last_seconds; }
+
+}  // namespace quernstone::attention

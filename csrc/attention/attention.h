@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/bf16.h"
+#include "common/status.h"
+#include "common/view.h"
+
+// Scaled dot-product attention on the CPU with the gates of "Attention Sink
+// Forges Native MoE in Attention Layers" (arXiv 2602.01203). See README.md.
+//
+// Axes: b batch, h query heads, g key heads, t queries, s keys, d head width.
+namespace quernstone::attention {
+
+inline constexpr std::int64_t kMinWidth = 16;
+inline constexpr std::int64_t kMaxWidth = 256;
+
+enum class Kind : std::uint8_t { kSink, kVanilla, kGated };
+
+template <class T>  // float or bf16; sums are fp32 either way
+struct ForwardArgs {
+    View<const T, 4> q;               // [b, h, t, d]
+    View<const T, 4> k, v;            // [b, g, s, d], h % g == 0
+    Kind kind = Kind::kSink;
+    View<const float, 1> sinks;       // [h] logit of a key with no value; kSink only
+    View<const T, 4> gate;            // [b, h, t, 1 or d] logits; kGated only
+    bool causal = true;               // query i sees keys j <= i + s - t
+    std::int64_t window = 0;          // keys a query sees up to its own position; 0: all
+    float scale = 1.0F;
+    View<const std::int64_t, 1> key_start;    // [b] first visible key; may be absent
+    View<const std::int64_t, 1> key_lengths;  // [b] end of the visible keys; may be absent
+
+    View<T, 4> out;                   // [b, h, t, d], contiguous
+    View<float, 3> lse;               // [b, h, t] nats, the sink left out; may be absent
+    View<const bool, 2> token_mask;   // [b, t] tokens that count; absent: all
+    View<float, 1> importance;        // [h] mean gate; may be absent
+};
+
+// Checks every extent before reading memory. A row with no visible key gives
+// out = 0, gate = 0 and lse = -inf. A row's result depends on that row alone:
+// not on the number of threads, the other rows of the call, or t.
+template <class T>
+[[nodiscard]] Status forward(const ForwardArgs<T>& args, int threads) noexcept;
+
+// Seconds that the last forward() on this thread took, checks included.
+[[nodiscard]] double last_forward_seconds() noexcept;
+
+}  // namespace quernstone::attention

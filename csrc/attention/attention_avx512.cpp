@@ -1,0 +1,19 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "attention/block.h"
+
+namespace quernstone::attention::avx512 {
+namespace {
+
+#include "attention/avx512_primitives.inl"
+#include "attention/block_kernel.inl"
+#include "attention/fp32_dot.inl"
+
+}  // namespace
+
+const Kernels kF32 = make_kernels<Fp32Dot, float>();
+const Kernels kBf16 = make_kernels<Fp32Dot, std::uint16_t>();
+
+}  // namespace quernstone::attention::avx512

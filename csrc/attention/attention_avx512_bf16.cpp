@@ -1,0 +1,247 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "attention/block.h"
+
+// Both matrix products by VDPBF16PS: a lane holds two neighbours along the
+// summed axis. Keys lie like that in memory; values are interleaved two keys
+// at a time, probabilities are rounded to bf16 in pairs. Sums stay fp32.
+namespace quernstone::attention::avx512_bf16_vnni {
+namespace {
+
+#include "attention/avx512_primitives.inl"
+#include "attention/block_kernel.inl"
+
+inline __m512bh as_bf16(vi x) { return reinterpret_cast<__m512bh>(x); }
+
+inline vi broadcast_pair(const std::uint16_t* p) {
+    std::int32_t pair = 0;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+
+// acc[r] += sum over pairs of a[r][pair] b[pair]; a at r * a_row + pair * a_pair
+template <int R, int NV>
+inline void dot_pairs(vf (&acc)[R][NV], const std::uint16_t* a, std::int64_t a_row,
+                      std::int64_t a_pair, const std::int32_t* b, std::int64_t pairs) {
+    for (std::int64_t i = 0; i < pairs; ++i, a += a_pair, b += NV * kWidth) {
+        vi right[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+            right[n] = vload(b + n * kWidth);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const vi left = broadcast_pair(a + r * a_row);
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) {
+                acc[r][n] = _mm512_dpbf16_ps(acc[r][n], as_bf16(left), as_bf16(right[n]));
+            }
+        }
+    }
+}
+
+struct Bf16Dot {
+    struct Keys {
+        const std::uint16_t* k;   // [key][even d], a zero behind an odd width
+        const std::uint16_t* v;   // [key pair][d][2], a zero key behind an odd count
+        std::int64_t begin, end;  // keys
+    };
+
+    static constexpr std::int64_t even(std::int64_t n) { return (n + 1) & ~std::int64_t{1}; }
+
+    static std::int64_t copy_floats(std::int64_t d) {
+        const std::int64_t probabilities = (kBlockKeys / 2 + 1) * kWideVectors * kWidth;
+        return kBlockKeys * even(d) / 2 + kBlockKeys * d / 2 + probabilities + 2 * kWidth;
+    }
+
+    // Behind the copies: where values() rounds its probabilities to.
+    static std::int32_t* pair_buffer(const Keys& keys, std::int64_t d) {
+        const std::int64_t used = even(keys.end - keys.begin) * d;
+        auto* p = const_cast<std::uint16_t*>(keys.v) + even(used);
+        return reinterpret_cast<std::int32_t*>(p);
+    }
+
+    template <class T>
+    static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end,
+                          float* copies) {
+        const std::int64_t d = block.width;
+        const std::int64_t n = end - begin;
+        auto* k = reinterpret_cast<std::uint16_t*>(copies);
+        std::uint16_t* v = k + n * even(d);
+        const auto* from_k = static_cast<const std::uint16_t*>(block.k) + begin * block.k_row;
+        const auto* from_v = static_cast<const std::uint16_t*>(block.v) + begin * block.v_row;
+        for (std::int64_t j = 0; j < n; ++j) {
+            std::uint16_t* to = k + j * even(d);
+            to[even(d) - 1] = 0;
+            copy(from_k + j * block.k_row, block.k_col, d, to);
+        }
+        for (std::int64_t j = 0; j < n; j += 2) {
+            const std::uint16_t* second = j + 1 < n ? from_v + (j + 1) * block.v_row : nullptr;
+            interleave(from_v + j * block.v_row, second, block.v_col, d, v + j * d);
+        }
+        return {k, v, begin, end};
+    }
+
+    template <class T, int NV>
+    static void load_queries(const Block& block, const Row* rows, int n, float* q) {
+        constexpr int kLanes = NV * kWidth;
+        auto* pairs = reinterpret_cast<std::uint16_t*>(q);  // [d / 2][lane][2]
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const auto* from = static_cast<const std::uint16_t*>(rows[lane < n ? lane : 0].q);
+            for (std::int64_t i = 0; i < even(block.width); ++i) {
+                const bool present = lane < n && i < block.width;
+                pairs[(i / 2 * kLanes + lane) * 2 + i % 2] =
+                    present ? from[i * block.q_col] : std::uint16_t{0};
+            }
+        }
+    }
+
+    static float value(const Keys& keys, std::int64_t j, std::int64_t d, std::int64_t i) {
+        const std::int64_t r = j - keys.begin;
+        return Stored<std::uint16_t>::get(keys.v[((r & ~std::int64_t{1}) * d) + i * 2 + r % 2]);
+    }
+
+    // A pair that starts or ends outside [from, to) multiplies a hidden value by 0.
+    static bool hidden_values_harmless(const Keys& keys, std::int64_t from, std::int64_t to,
+                                       std::int64_t d, bool masked) {
+        const std::int64_t first = (from - keys.begin) & ~std::int64_t{1};
+        const std::int64_t last = even(to - keys.begin);
+        if (!masked && first == from - keys.begin && last == to - keys.begin) {
+            return true;
+        }
+        constexpr std::uint16_t kExponent = 0x7f80;
+        for (std::int64_t i = first * d; i < last * d; ++i) {
+            if ((keys.v[i] & kExponent) == kExponent) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    template <int NV>
+    static void logits(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d,
+                       float scale, const float* q, float* s, vf* top) {
+        const std::uint16_t* k = keys.k + (from - keys.begin) * even(d);
+        for (std::int64_t left = to - from; left > 0;) {
+            const std::int64_t n = tile_height<kTileRows<NV>>(left);
+            with_height<kTileRows<NV>>(n, [&]<int R>() {
+                logit_tile<R, NV>(k, d, scale, reinterpret_cast<const std::int32_t*>(q), s, top);
+            });
+            k += n * even(d);
+            s += n * NV * kWidth;
+            left -= n;
+        }
+    }
+
+    template <int NV>
+    static void values(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d,
+                       const float* p, float* o, const vf* alpha) {
+        const std::int64_t first = (from - keys.begin) & ~std::int64_t{1};
+        const std::int64_t pairs = (even(to - keys.begin) - first) / 2;
+        std::int32_t* rounded = pair_buffer(keys, d);
+        for (std::int64_t i = 0; i < pairs; ++i) {
+            const std::int64_t j = keys.begin + first + 2 * i;
+            for (int n = 0; n < NV; ++n) {
+                const float* at = p + (j - from) * NV * kWidth + n * kWidth;
+                const vf even_key = j >= from ? vload(at) : vset(0.0F);
+                const vf odd_key = j + 1 < to ? vload(at + NV * kWidth) : vset(0.0F);
+                _mm512_storeu_si512(rounded + (i * NV + n) * kWidth,
+                                    round_pair(even_key, odd_key));
+            }
+        }
+        const std::uint16_t* v = keys.v + first * d;
+        for (std::int64_t left = d; left > 0;) {
+            const std::int64_t n = tile_height<kTileRows<NV>>(left);
+            with_height<kTileRows<NV>>(n, [&]<int R>() {
+                value_tile<R, NV>(v, 2 * d, pairs, rounded, o, alpha);
+            });
+            v += 2 * n;
+            o += n * NV * kWidth;
+            left -= n;
+        }
+    }
+
+   private:
+    static void copy(const std::uint16_t* from, std::int64_t col, std::int64_t d,
+                     std::uint16_t* to) {
+        if (col == 1) {
+            std::memcpy(to, from, static_cast<std::size_t>(d) * sizeof *to);
+            return;
+        }
+        for (std::int64_t i = 0; i < d; ++i) {
+            to[i] = from[i * col];
+        }
+    }
+
+    // to[i] = {first[i], second[i]}, a null second being zeros
+    static void interleave(const std::uint16_t* first, const std::uint16_t* second,
+                           std::int64_t col, std::int64_t d, std::uint16_t* to) {
+        std::int64_t i = 0;
+        if (col == 1 && second != nullptr) {
+            for (; i + kWidth <= d; i += kWidth) {
+                const vi low = _mm512_cvtepu16_epi32(
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + i)));
+                const vi high = _mm512_cvtepu16_epi32(
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + i)));
+                _mm512_storeu_si512(to + 2 * i,
+                                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        }
+        for (; i < d; ++i) {
+            to[2 * i] = first[i * col];
+            to[2 * i + 1] = second != nullptr ? second[i * col] : std::uint16_t{0};
+        }
+    }
+
+    // Two rows of probabilities as bf16, lane by lane side by side.
+    static vi round_pair(vf even_key, vf odd_key) {
+        const vi low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even_key)));
+        const vi high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd_key)));
+        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
+
+    template <int R, int NV>
+    static void logit_tile(const std::uint16_t* k, std::int64_t d, float scale,
+                           const std::int32_t* q, float* s, vf* top) {
+        vf acc[R][NV] = {};
+        dot_pairs(acc, k, even(d), 2, q, even(d) / 2);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) {
+                const vf x = vmul(vset(scale), acc[r][n]);
+                vstore(s + (r * NV + n) * kWidth, x);
+                top[n] = vmax(top[n], x);
+            }
+        }
+    }
+
+    template <int R, int NV>
+    static void value_tile(const std::uint16_t* v, std::int64_t v_pair, std::int64_t pairs,
+                           const std::int32_t* p, float* o, const vf* alpha) {
+        vf acc[R][NV];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) {
+                acc[r][n] = vmul(alpha[n], vload(o + (r * NV + n) * kWidth));
+            }
+        }
+        dot_pairs(acc, v, 2, v_pair, p, pairs);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) {
+                vstore(o + (r * NV + n) * kWidth, acc[r][n]);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+const Kernels kBf16 = make_kernels<Bf16Dot, std::uint16_t>();
+
+}  // namespace quernstone::attention::avx512_bf16_vnni

@@ -1,0 +1,412 @@
+// Text shared by the ISA files. Each includes it inside its own anonymous
+// namespace, after the vector type vf, its width and its primitives, so that
+// every instruction set owns a private copy.
+//
+// Vector lanes are query rows. A panel of them is packed once as [d][lane];
+// keys and values are then read by broadcast, as they lie in memory. Softmax
+// needs no horizontal operation, and a row never depends on its neighbours.
+// README.md derives the arithmetic.
+
+constexpr float kLog2e = 1.44269504088896340736F;
+constexpr float kLn2 = 0.693147180559945309417F;
+constexpr float kNegInf = -__builtin_inff();
+constexpr std::int64_t kBlockKeys = 96;  // keys a block; a multiple of every tile height
+
+template <class T>
+struct Stored;
+template <>
+struct Stored<float> {
+    static vf load(const float* p) { return vload(p); }
+    static void store(float* p, vf x) { vstore(p, x); }
+    static float get(float x) { return x; }
+    static float put(float x) { return x; }
+};
+template <>
+struct Stored<std::uint16_t> {  // bf16
+    static vf load(const std::uint16_t* p) { return vload_bf16(p); }
+    static void store(std::uint16_t* p, vf x) { vstore_bf16(p, x); }
+    static float get(std::uint16_t x) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
+        float f = 0.0F;
+        std::memcpy(&f, &bits, sizeof f);
+        return f;
+    }
+    static std::uint16_t put(float x) {
+        std::uint32_t bits = 0;
+        std::memcpy(&bits, &x, sizeof bits);
+        const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+        return static_cast<std::uint16_t>(x != x ? 0x7fc0U : rounded);
+    }
+};
+
+// 2^x for x <= 126; x below -126 gives about 1e-38. Exact at 0. Relative error
+// at most 1.7e-7. NaN stays NaN.
+inline vf vexp2(vf x) {
+    const vf shift = vset(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
+    x = vmax(vset(-125.0F), x);
+    const vf t = vadd(x, shift);
+    const vf f = vsub(x, vsub(t, shift));
+    vf p = vset(0x1.5bba14p-10F);
+    p = vfma(p, f, vset(0x1.3cea88p-7F));
+    p = vfma(p, f, vset(0x1.c6b752p-5F));
+    p = vfma(p, f, vset(0x1.ebf9bcp-3F));
+    p = vfma(p, f, vset(0x1.62e42ap-1F));
+    p = vfma(p, f, vset(1.0F));
+    return vscale(p, t);
+}
+
+// Tile heights that end without a tile of one or two rows where possible:
+// those run at the latency of the multiply-add.
+template <int kMax>
+constexpr std::int64_t tile_height(std::int64_t left) {
+    if (left <= kMax) {
+        return left;
+    }
+    return left >= 2 * kMax || left - kMax >= kMax / 2 ? kMax : (left + 1) / 2;
+}
+
+template <int NV>
+constexpr int kTileRows = NV == 1 ? kNarrowRows : kWideRows;
+
+// Calls f with the compile-time height that equals n.
+template <int R, class F>
+inline void with_height(std::int64_t n, F&& f) {
+    if (n == R) {
+        f.template operator()<R>();
+    } else if constexpr (R > 1) {
+        with_height<R - 1>(n, f);
+    }
+}
+
+template <int NV>
+struct Panel {
+    static constexpr int kLanes = NV * kWidth;
+    float* q;         // [d][lane] scaled, so that logits are powers of two
+    float* o;         // [d][lane] unnormalised output
+    float* m;         // [lane] running maximum of the logits
+    float* l;         // [lane] running sum of 2^(logit - m)
+    std::int32_t* lo; // [lane]
+    std::int32_t* hi; // [lane]
+    const Row* rows;
+    int row_count;
+    std::int32_t first, last;          // keys that some row sees
+    std::int32_t all_first, all_last;  // keys that every row sees
+};
+
+template <int NV>
+inline void exp_rows(float* s, std::int64_t n, const vf* top, vf* sum) {
+    for (std::int64_t j = 0; j < n; ++j, s += NV * kWidth) {
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; ++i) {
+            const vf p = vexp2(vsub(vload(s + i * kWidth), top[i]));
+            vstore(s + i * kWidth, p);
+            sum[i] = vadd(sum[i], p);
+        }
+    }
+}
+
+// Dot::values lane by lane, leaving the values of hidden keys alone: 0 times a
+// NaN or an infinity would not be 0.
+template <class Dot, int NV>
+inline void visible_values(const Panel<NV>& panel, const typename Dot::Keys& keys,
+                           std::int64_t from, std::int64_t to, std::int64_t d, const float* p,
+                           const vf* alpha) {
+    constexpr int kLanes = NV * kWidth;
+    alignas(64) float a[kLanes];
+    for (int n = 0; n < NV; ++n) {
+        vstore(a + n * kWidth, alpha[n]);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+        for (std::int64_t i = 0; i < d; ++i) {
+            float sum = panel.o[i * kLanes + lane] * a[lane];
+            for (std::int64_t j = from; j < to; ++j) {
+                if (panel.lo[lane] <= j && j < panel.hi[lane]) {
+                    sum += p[(j - from) * kLanes + lane] * Dot::value(keys, j, d, i);
+                }
+            }
+            panel.o[i * kLanes + lane] = sum;
+        }
+    }
+}
+
+// One step of the online softmax: keys [from, to) for every row of the panel.
+template <class Dot, int NV>
+inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::int64_t from,
+                   std::int64_t to, std::int64_t d, float scale, float* s) {
+    constexpr int kLanes = NV * kWidth;
+    const bool masked = from < panel.all_first || to > panel.all_last;
+    vf top[NV];
+    for (int n = 0; n < NV; ++n) {
+        top[n] = vset(kNegInf);
+    }
+    Dot::template logits<NV>(keys, from, to, d, scale, panel.q, s, top);
+    if (masked) {
+        for (int n = 0; n < NV; ++n) {
+            const vi lo = vload(panel.lo + n * kWidth);
+            const vi hi = vload(panel.hi + n * kWidth);
+            vf best = vset(kNegInf);
+            for (std::int64_t j = from; j < to; ++j) {
+                float* row = s + (j - from) * kLanes + n * kWidth;
+                const vf x = vwhere_visible(lo, hi, static_cast<std::int32_t>(j), vload(row),
+                                            vset(kNegInf));
+                vstore(row, x);
+                best = vmax(best, x);
+            }
+            top[n] = best;
+        }
+    }
+    vf alpha[NV];
+    vf sum[NV];
+    for (int n = 0; n < NV; ++n) {
+        const vf before = vload(panel.m + n * kWidth);
+        const vf now = vmax(before, top[n]);
+        vstore(panel.m + n * kWidth, now);
+        top[n] = vzero_if_equal(now, kNegInf);
+        alpha[n] = vexp2(vsub(before, top[n]));
+        sum[n] = vset(0.0F);
+    }
+    exp_rows<NV>(s, to - from, top, sum);
+    if (masked) {
+        for (int n = 0; n < NV; ++n) {
+            const vi lo = vload(panel.lo + n * kWidth);
+            const vi hi = vload(panel.hi + n * kWidth);
+            vf visible = vset(0.0F);
+            for (std::int64_t j = from; j < to; ++j) {
+                float* row = s + (j - from) * kLanes + n * kWidth;
+                const vf x = vwhere_visible(lo, hi, static_cast<std::int32_t>(j), vload(row),
+                                            vset(0.0F));
+                vstore(row, x);
+                visible = vadd(visible, x);
+            }
+            sum[n] = visible;
+        }
+    }
+    for (int n = 0; n < NV; ++n) {
+        vstore(panel.l + n * kWidth, vfma(alpha[n], vload(panel.l + n * kWidth), sum[n]));
+    }
+    if (!Dot::hidden_values_harmless(keys, from, to, d, masked)) {
+        visible_values<Dot, NV>(panel, keys, from, to, d, s, alpha);
+    } else {
+        Dot::template values<NV>(keys, from, to, d, s, panel.o, alpha);
+    }
+}
+
+// Panel of rows [0, n) of `rows`; lanes past n repeat the last row's range and
+// compute on zeros.
+template <class Dot, class T, int NV>
+inline void load_panel(Panel<NV>& panel, const Block& block, const Row* rows, int n) {
+    constexpr int kLanes = NV * kWidth;
+    panel.rows = rows;
+    panel.row_count = n;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const Row& row = rows[lane < n ? lane : n - 1];
+        panel.lo[lane] = row.lo;
+        panel.hi[lane] = row.hi;
+        panel.m[lane] = kNegInf;
+        panel.l[lane] = 0.0F;
+    }
+    Dot::template load_queries<T, NV>(block, rows, n, panel.q);
+    std::memset(panel.o, 0, static_cast<std::size_t>(block.width * kLanes) * sizeof(float));
+    panel.first = rows[0].lo;
+    panel.last = rows[n - 1].hi;
+    panel.all_first = rows[n - 1].lo;
+    panel.all_last = rows[0].hi;
+}
+
+// 1 / (l + 2^(sink - m)) without overflow, and the gate l / (l + 2^(sink - m)).
+struct Normaliser {
+    vf factor, gate;
+};
+
+inline Normaliser normalise(vf m, vf l, vf sink) {
+    const vf top = vzero_if_equal(vmax(m, sink), kNegInf);
+    const vf keys = vexp2(vsub(m, top));
+    const vf rest = vexp2(vsub(sink, top));
+    const vf factor = vdiv(keys, vfma(l, keys, rest));
+    return {factor, vmul(l, factor)};
+}
+
+inline float sigmoid(float x) { return 1.0F / (1.0F + __builtin_expf(-x)); }
+
+inline vf vsigmoid(vf x) {
+    const vf e = vexp2(vmin(vset(126.0F), vmul(x, vset(-kLog2e))));
+    return vdiv(vset(1.0F), vadd(vset(1.0F), e));
+}
+
+// Writes one row: out = factor * o (* sigmoid(gate) element by element), o
+// being `staged`. Returns the sum of the element-wise gates.
+template <class T>
+inline float store_row(const Row& row, const Block& block, const float* staged, float factor) {
+    T* out = static_cast<T*>(row.out);
+    const T* gate = static_cast<const T*>(row.gate);
+    const vf f = vset(factor);
+    float sum = 0.0F;
+    std::int64_t i = 0;
+    if (block.gate != GateShape::kPerElement) {
+        for (; i + kWidth <= block.width; i += kWidth) {
+            Stored<T>::store(out + i, vmul(f, vload(staged + i)));
+        }
+        for (; i < block.width; ++i) {
+            out[i] = Stored<T>::put(factor * staged[i]);
+        }
+        return sum;
+    }
+    if (block.gate_col == 1) {
+        vf sums = vset(0.0F);
+        for (; i + kWidth <= block.width; i += kWidth) {
+            const vf g = vsigmoid(Stored<T>::load(gate + i));
+            sums = vadd(sums, g);
+            Stored<T>::store(out + i, vmul(vmul(f, g), vload(staged + i)));
+        }
+        alignas(64) float lanes[kWidth];
+        vstore(lanes, sums);
+        for (const float x : lanes) {
+            sum += x;
+        }
+    }
+    for (; i < block.width; ++i) {
+        const float g = sigmoid(Stored<T>::get(gate[i * block.gate_col]));
+        sum += g;
+        out[i] = Stored<T>::put(factor * g * staged[i]);
+    }
+    return sum;
+}
+
+template <class Dot, class T, int NV>
+inline void finish(const Panel<NV>& panel, const Block& block, float* gates, float* s,
+                   float* copies, float* staged) {
+    constexpr int kLanes = NV * kWidth;
+    const std::int64_t d = block.width;
+    const float scale = block.scale * kLog2e;
+    alignas(64) float sink[kLanes];
+    alignas(64) float factor[kLanes];
+    alignas(64) float gate[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int r = lane < panel.row_count ? lane : panel.row_count - 1;
+        sink[lane] = panel.rows[r].sink * kLog2e;
+    }
+    if (block.first_key >= 0) {
+        const std::int64_t first = block.first_key;
+        const typename Dot::Keys key = Dot::template load_keys<T>(block, first, first + 1, copies);
+        vf top[NV];
+        Dot::template logits<NV>(key, first, first + 1, d, scale, panel.q, sink, top);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int r = lane < panel.row_count ? lane : panel.row_count - 1;
+            const bool sees = panel.rows[r].sees_first;
+            sink[lane] = sees ? sink[lane] : kNegInf;
+            panel.lo[lane] = block.first_key;
+            panel.hi[lane] = sees ? block.first_key + 1 : block.first_key;
+        }
+        for (int n = 0; n < NV; ++n) {
+            vstore(gate + n * kWidth,
+                   normalise(vload(panel.m + n * kWidth), vload(panel.l + n * kWidth),
+                             vload(sink + n * kWidth)).gate);
+        }
+        Panel<NV> only = panel;
+        only.all_first = only.all_last = 0;  // masks every row
+        attend<Dot, NV>(only, key, first, first + 1, d, scale, s);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            sink[lane] = kNegInf;
+        }
+    }
+    for (int n = 0; n < NV; ++n) {
+        const Normaliser x = normalise(vload(panel.m + n * kWidth), vload(panel.l + n * kWidth),
+                                       vload(sink + n * kWidth));
+        vstore(factor + n * kWidth, x.factor);
+        if (block.first_key < 0) {
+            vstore(gate + n * kWidth, x.gate);
+        }
+    }
+    for (std::int64_t i = 0; i < d; ++i) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            staged[lane * d + i] = panel.o[i * kLanes + lane];
+        }
+    }
+    for (int lane = 0; lane < panel.row_count; ++lane) {
+        const Row& row = panel.rows[lane];
+        const bool blind = panel.l[lane] == 0.0F;
+        float f = blind ? 0.0F : factor[lane];
+        float g = blind ? 0.0F : gate[lane];
+        if (block.gate == GateShape::kPerRow) {
+            g = blind ? 0.0F : sigmoid(Stored<T>::get(*static_cast<const T*>(row.gate)));
+            f *= g;
+        }
+        const float sum = store_row<T>(row, block, staged + lane * d, f);
+        if (block.gate == GateShape::kPerElement) {
+            g = blind ? 0.0F : sum / static_cast<float>(d);
+        }
+        if (gates != nullptr) {
+            gates[lane] = g;
+        }
+        if (row.lse != nullptr) {
+            *row.lse = blind ? kNegInf : panel.m[lane] * kLn2 + __builtin_logf(panel.l[lane]);
+        }
+    }
+}
+
+template <class Dot, int NV>
+std::size_t scratch_bytes(std::int64_t rows, std::int64_t d) {
+    constexpr std::int64_t kLanes = NV * kWidth;
+    const std::int64_t panels = (rows + kLanes - 1) / kLanes;
+    const std::int64_t floats = panels * (2 * d + 4) * kLanes + kBlockKeys * kLanes +
+                                Dot::copy_floats(d) + kLanes * d;
+    return static_cast<std::size_t>(floats) * sizeof(float) +
+           static_cast<std::size_t>(panels) * sizeof(Panel<NV>);
+}
+
+template <class Dot, class T, int NV>
+void run(const Block& block, std::byte* scratch) {
+    constexpr std::int64_t kLanes = NV * kWidth;
+    const std::int64_t d = block.width;
+    const std::int64_t count = (block.row_count + kLanes - 1) / kLanes;
+    auto* next = reinterpret_cast<float*>(scratch);
+    const auto take = [&next](std::int64_t n) {
+        float* p = next;
+        next += n;
+        return p;
+    };
+    float* s = take(kBlockKeys * kLanes);
+    float* copies = take(Dot::copy_floats(d));
+    float* staged = take(kLanes * d);
+    float* panel_floats = take(count * (2 * d + 4) * kLanes);
+    auto* panels = reinterpret_cast<Panel<NV>*>(next);
+    for (std::int64_t i = 0; i < count; ++i) {
+        Panel<NV>& panel = panels[i];
+        float* base = panel_floats + i * (2 * d + 4) * kLanes;
+        panel.q = base;
+        panel.o = base + d * kLanes;
+        panel.m = base + 2 * d * kLanes;
+        panel.l = panel.m + kLanes;
+        panel.lo = reinterpret_cast<std::int32_t*>(panel.l + kLanes);
+        panel.hi = panel.lo + kLanes;
+        const std::int64_t left = block.row_count - i * kLanes;
+        load_panel<Dot, T, NV>(panel, block, block.rows + i * kLanes,
+                          static_cast<int>(left < kLanes ? left : kLanes));
+    }
+    const float scale = block.scale * kLog2e;
+    // The grid of key blocks is the same for every row of every call.
+    const std::int64_t begin = panels[0].first;
+    const std::int64_t end = panels[count - 1].last;
+    for (std::int64_t grid = begin / kBlockKeys * kBlockKeys; grid < end; grid += kBlockKeys) {
+        const std::int64_t from = grid < begin ? begin : grid;
+        const std::int64_t to = grid + kBlockKeys < end ? grid + kBlockKeys : end;
+        const typename Dot::Keys keys = Dot::template load_keys<T>(block, from, to, copies);
+        for (std::int64_t i = 0; i < count; ++i) {
+            const std::int64_t j0 = panels[i].first > from ? panels[i].first : from;
+            const std::int64_t j1 = panels[i].last < to ? panels[i].last : to;
+            if (j0 < j1) {
+                attend<Dot, NV>(panels[i], keys, j0, j1, d, scale, s);
+            }
+        }
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+        float* gates = block.gates == nullptr ? nullptr : block.gates + i * kLanes;
+        finish<Dot, T, NV>(panels[i], block, gates, s, copies, staged);
+    }
+}
+
+template <class Dot, class T>
+constexpr Kernels make_kernels() {
+    return {{kWideVectors * kWidth, scratch_bytes<Dot, kWideVectors>, run<Dot, T, kWideVectors>},
+            {kWidth, scratch_bytes<Dot, 1>, run<Dot, T, 1>}};
+}

@@ -1,0 +1,184 @@
+// Both matrix products of a block in fp32, included by the ISA files after
+// block_kernel.inl. Keys and values are copied: a block is read by every panel,
+// and the copy costs less than rows that fall into the same cache sets.
+
+// s[r] = k[r] . q for R keys
+template <int R, int NV>
+inline void logit_tile(const float* k, std::int64_t row, std::int64_t d, const float* q, float* s,
+                       vf* top) {
+    vf acc[R][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+            acc[r][n] = vset(0.0F);
+        }
+    }
+    for (std::int64_t i = 0; i < d; ++i, q += NV * kWidth) {
+        vf b[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+            b[n] = vload(q + n * kWidth);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const vf a = vbroadcast(k + r * row + i);
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) {
+                acc[r][n] = vfma(a, b[n], acc[r][n]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+            vstore(s + (r * NV + n) * kWidth, acc[r][n]);
+            top[n] = vmax(top[n], acc[r][n]);
+        }
+    }
+}
+
+// o[r] = alpha o[r] + sum over keys of v[key][r] p[key] for R channels
+template <int R, int NV>
+inline void value_tile(const float* v, std::int64_t row, std::int64_t keys, const float* p, float* o,
+                       const vf* alpha) {
+    vf acc[R][NV];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+            acc[r][n] = vmul(alpha[n], vload(o + (r * NV + n) * kWidth));
+        }
+    }
+    for (std::int64_t j = 0; j < keys; ++j, p += NV * kWidth, v += row) {
+        vf b[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+            b[n] = vload(p + n * kWidth);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const vf a = vbroadcast(v + r);
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) {
+                acc[r][n] = vfma(a, b[n], acc[r][n]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) {
+            vstore(o + (r * NV + n) * kWidth, acc[r][n]);
+        }
+    }
+}
+
+template <class T>
+inline void copy_rows(const T* from, std::int64_t row, std::int64_t col, std::int64_t rows,
+                      std::int64_t d, float* to) {
+    for (std::int64_t j = 0; j < rows; ++j, from += row, to += d) {
+        std::int64_t i = 0;
+        if (col == 1) {
+            for (; i + kWidth <= d; i += kWidth) {
+                vstore(to + i, Stored<T>::load(from + i));
+            }
+        }
+        for (; i < d; ++i) {
+            to[i] = Stored<T>::get(from[i * col]);
+        }
+    }
+}
+
+inline bool all_finite(const float* x, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+        if (!vall_finite(vload(x + i))) {
+            return false;
+        }
+    }
+    for (; i < n; ++i) {
+        if (x[i] - x[i] != 0.0F) {
+            return false;
+        }
+    }
+    return true;
+}
+
+struct Fp32Dot {
+    struct Keys {
+        const float* k;           // [key][d]
+        const float* v;           // [key][d]
+        std::int64_t begin, end;  // keys
+    };
+
+    static std::int64_t copy_floats(std::int64_t d) { return 2 * kBlockKeys * d; }
+
+    template <class T>
+    static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end,
+                          float* copies) {
+        float* k = copies;
+        float* v = copies + (end - begin) * block.width;
+        copy_rows(static_cast<const T*>(block.k) + begin * block.k_row, block.k_row, block.k_col,
+                  end - begin, block.width, k);
+        copy_rows(static_cast<const T*>(block.v) + begin * block.v_row, block.v_row, block.v_col,
+                  end - begin, block.width, v);
+        return {k, v, begin, end};
+    }
+
+    // The scale is folded into q, in powers of two.
+    template <class T, int NV>
+    static void load_queries(const Block& block, const Row* rows, int n, float* q) {
+        constexpr int kLanes = NV * kWidth;
+        const float scale = block.scale * kLog2e;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const T* from = static_cast<const T*>(rows[lane < n ? lane : 0].q);
+            for (std::int64_t i = 0; i < block.width; ++i) {
+                q[i * kLanes + lane] =
+                    lane < n ? Stored<T>::get(from[i * block.q_col]) * scale : 0.0F;
+            }
+        }
+    }
+
+    static float value(const Keys& keys, std::int64_t j, std::int64_t d, std::int64_t i) {
+        return keys.v[(j - keys.begin) * d + i];
+    }
+
+    static bool hidden_values_harmless(const Keys& keys, std::int64_t from, std::int64_t to,
+                                       std::int64_t d, bool masked) {
+        const float* v = keys.v + (from - keys.begin) * d;
+        return !masked || all_finite(v, (to - from) * d);
+    }
+
+    template <int NV>
+    static void logits(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d,
+                       float /*scale*/, const float* q, float* s, vf* top) {
+        const float* k = keys.k + (from - keys.begin) * d;
+        for (std::int64_t left = to - from; left > 0;) {
+            const std::int64_t n = tile_height<kTileRows<NV>>(left);
+            with_height<kTileRows<NV>>(n, [&]<int R>() {
+                logit_tile<R, NV>(k, d, d, q, s, top);
+            });
+            k += n * d;
+            s += n * NV * kWidth;
+            left -= n;
+        }
+    }
+
+    template <int NV>
+    static void values(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d,
+                       const float* p, float* o, const vf* alpha) {
+        const float* v = keys.v + (from - keys.begin) * d;
+        for (std::int64_t left = d; left > 0;) {
+            const std::int64_t n = tile_height<kTileRows<NV>>(left);
+            with_height<kTileRows<NV>>(n, [&]<int R>() {
+                value_tile<R, NV>(v, d, to - from, p, o, alpha);
+            });
+            v += n;
+            o += n * NV * kWidth;
+            left -= n;
+        }
+    }
+};
+

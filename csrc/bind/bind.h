@@ -1,0 +1,15 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "common/status.h"
+
+namespace quernstone::bind {
+
+// Throws what Python shall see: ValueError, or MemoryError.
+void raise(const Status& status);
+
+// Operators of one vertical with torch, and its functions of _core.
+void register_attention(pybind11::module_& core);
+
+}  // namespace quernstone::bind

@@ -1,0 +1,17 @@
+"""Attention with sinks and gates, and what its gates say about the heads."""
+
+from quernstone.attention import reference
+from quernstone.attention.api import sink_attention
+from quernstone.attention.hf import register_with_transformers
+from quernstone.attention.report import HeadReport, head_report
+from quernstone.attention.types import Aux, Kind
+
+__all__ = [
+    "Aux",
+    "HeadReport",
+    "Kind",
+    "head_report",
+    "reference",
+    "register_with_transformers",
+    "sink_attention",
+]

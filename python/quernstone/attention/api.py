@@ -1,0 +1,184 @@
+"""The public attention call."""
+
+import numbers
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from quernstone.attention import torch_op
+from quernstone.attention.types import Aux, Kind
+
+
+@overload
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: Kind = ...,
+    sinks: Tensor | None = ...,
+    gate: Tensor | None = ...,
+    causal: bool = ...,
+    window: int | None = ...,
+    scale: float | None = ...,
+    key_start: Tensor | None = ...,
+    key_lengths: Tensor | None = ...,
+    token_mask: Tensor | None = ...,
+    return_aux: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: Kind = ...,
+    sinks: Tensor | None = ...,
+    gate: Tensor | None = ...,
+    causal: bool = ...,
+    window: int | None = ...,
+    scale: float | None = ...,
+    key_start: Tensor | None = ...,
+    key_lengths: Tensor | None = ...,
+    token_mask: Tensor | None = ...,
+    return_aux: Literal[True],
+) -> tuple[Tensor, Aux]: ...
+
+
+def sink_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: Kind = "sink",
+    sinks: Tensor | None = None,
+    gate: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    key_start: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_aux: bool = False,
+) -> Tensor | tuple[Tensor, Aux]:
+    """Scaled dot-product attention with a sink, or with a gate on its output.
+
+    Axes: b batch, h query heads, g key heads (h % g == 0), t queries, s keys, d head width
+    (16 to 256). Query i stands at position i + s - t, so that the last query sees the last key,
+    as with a key-value cache.
+
+    Args:
+        q: [b, h, t, d] fp32 or bf16 on the CPU, any strides. Sums are fp32 either way.
+        k, v: [b, g, s, d], dtype of q.
+        kind: what becomes of plain attention A over the visible keys, L being their log-sum-exp.
+            "sink": sigmoid(L - sinks[h]) A, as if one more key had the logit sinks[h] and no
+            value. "gated": sigmoid(gate) A. "vanilla": A; its gate is the weight of all keys
+            but the first.
+        sinks: [h] fp32 or dtype of q, nats; for kind "sink", and no other.
+        gate: [b, h, t] or [b, h, t, d] logits, dtype of q; for kind "gated", and no other.
+        causal: hide the keys behind a query's position.
+        window: show a query at position p the keys above p - window (and, unless causal,
+            below p + window). None: all.
+        scale: factor on q . k; None: d ** -0.5.
+        key_start: [b] int, first visible key: left padding.
+        key_lengths: [b] int, end of the visible keys: right padding.
+        token_mask: [b, t] bool, the tokens that count for the importance; None: all. A token
+            that sees no key (kind "vanilla": none beside the first) never counts.
+        return_aux: give the log-sum-exp and the importance too.
+
+    Returns:
+        [b, h, t, d] in the dtype of q, contiguous. A query that sees no key gives 0. With
+        ``return_aux`` also `Aux`: ``lse`` [b, h, t] fp32 in nats over the visible keys, the sink
+        left out, -inf where there is none; ``importance`` [h] fp32, the mean gate over the
+        tokens that count, 0 where none does. The first key of kind "vanilla" is the one at
+        ``key_start``; a query whose window has left it behind has gate 1.
+
+    Raises:
+        ValueError: an argument that is missing, superfluous, out of range, or of another rank,
+            shape, dtype or device than it should be; a tensor that requires grad while gradients
+            are recorded. The message names the argument, what came and what was expected.
+        TypeError: an argument of the wrong Python type.
+
+    Source: "Attention Sink Forges Native MoE in Attention Layers", arXiv 2602.01203: gates and
+    importance of section 3; oracle `quernstone.attention.reference.sink_attention`.
+    """
+    if torch.is_grad_enabled():
+        _refuse_gradients(q, k, v, sinks, gate)
+    try:
+        if return_aux:
+            out, lse, importance = torch_op.sink_attention_aux(
+                q,
+                k,
+                v,
+                kind=kind,
+                sinks=sinks,
+                gate=gate,
+                causal=causal,
+                window=window,
+                scale=scale,
+                key_start=key_start,
+                key_lengths=key_lengths,
+                token_mask=token_mask,
+            )
+            return out, Aux(lse, importance)
+        if token_mask is not None:
+            raise ValueError("token_mask: got a tensor, expected None unless return_aux is true")
+        return torch_op.sink_attention(
+            q,
+            k,
+            v,
+            kind=kind,
+            sinks=sinks,
+            gate=gate,
+            causal=causal,
+            window=window,
+            scale=scale,
+            key_start=key_start,
+            key_lengths=key_lengths,
+        )
+    except (RuntimeError, NotImplementedError):
+        # torch's dispatcher refuses wrong types and devices in its own words.
+        _explain(locals())
+        raise
+
+
+def _refuse_gradients(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, gate: Tensor | None
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks), ("gate", gate)):
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(
+                f"{name}.requires_grad: got True, expected False: the backward pass is not part "
+                "of this version; call under torch.no_grad() or pass a detached tensor"
+            )
+
+
+def _explain(arguments: dict[str, object]) -> None:
+    """Raise what a caller can act on for the argument that torch's dispatcher refused."""
+    for name in ("q", "k", "v", "sinks", "gate", "key_start", "key_lengths", "token_mask"):
+        x = arguments[name]
+        optional = name not in ("q", "k", "v")
+        if x is None and optional:
+            continue
+        if not isinstance(x, Tensor):
+            wanted = "a tensor or None" if optional else "a tensor"
+            raise TypeError(f"{name}: got {type(x).__name__}, expected {wanted}")
+        if x.device.type != "cpu":
+            raise ValueError(f"{name}.device: got {x.device}, expected cpu")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name}.layout: got {x.layout}, expected torch.strided")
+    for name, kind in (
+        ("kind", str),
+        ("causal", bool),
+        ("window", numbers.Integral),
+        ("scale", numbers.Real),
+    ):
+        x = arguments[name]
+        if x is None and name in ("window", "scale"):
+            continue
+        if not isinstance(x, kind):
+            wanted = {"window": "int or None", "scale": "float or None"}.get(name, kind.__name__)
+            raise TypeError(f"{name}: got {type(x).__name__} {x!r}, expected {wanted}")

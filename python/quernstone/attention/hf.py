@@ -1,0 +1,170 @@
+"""`attn_implementation="quernstone"` for the models of transformers.
+
+Axes: b batch, h query heads, g key heads, t queries, s keys, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quernstone.attention.api import sink_attention
+from quernstone.attention.hf_mask import KeyMask, key_mask, refuse
+
+NAME = "quernstone"
+"""The name to load a model with."""
+
+PROBE = "_quernstone_probe"
+"""Attribute under which a module may hold a callable that takes the place of `sink_attention`."""
+
+# What transformers passes to an attention function and what changes its result in a way that
+# sink_attention has no argument for. The rest of the keywords says nothing about the scores.
+_UNSUPPORTED = {
+    "softcap": "soft-capping of the scores (softcap)",
+    "position_bias": "a position bias (position_bias)",
+    "attention_bias": "an attention bias (attention_bias)",
+    "score_mod": "a score function (score_mod)",
+    "head_mask": "a head mask (head_mask)",
+    "output_attentions": "returning attention weights (output_attentions)",
+    "sinks": "sink logits per token (sinks)",
+    "indices": "sparse attention (indices)",
+    "block_indices": "sparse attention (block_indices)",
+    "cache": "a paged cache (cache)",
+    "cu_seq_lens_q": "packed sequences (cu_seq_lens_q)",
+    "cu_seq_lens_k": "packed sequences (cu_seq_lens_k)",
+}
+
+
+def register_with_transformers() -> None:
+    """Let any transformers model take `attn_implementation="quernstone"`.
+
+    Registers an attention function and, under the same name, a mask function: without one
+    transformers passes no mask at all, and padding is attended silently. Calling it again
+    changes nothing.
+
+    Right, and equal to eager attention up to rounding: causal, bidirectional and cross-attention,
+    grouped heads, padding on the left or right, sliding windows, static and dynamic caches,
+    learned sinks (`s_aux`), a value width unlike the key width, fp32 and bf16.
+
+    Refused with a ValueError that names it: dropout, soft-capping, position and attention biases,
+    head masks, `output_attentions`, dense mask tensors, padding between tokens, packed sequences,
+    mask functions of the user, chunked attention beyond the first chunk, paged caches, inputs
+    that require grad while grad mode is on.
+
+    Raises:
+        ImportError: transformers is not installed.
+
+    Source: transformers 5.23, `AttentionInterface` and `AttentionMaskInterface`. Oracle: the same
+    model with `attn_implementation="eager"`.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "register_with_transformers needs transformers 5: pip install 'quernstone[attention]'"
+        ) from error
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, key_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: KeyMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    gate: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that `register_with_transformers` registers.
+
+    Args:
+        module: the layer; `is_causal` is read from it where no argument gives it.
+        query: [b, h, t, d].
+        key, value: [b, g, s, d]; the value may have a width of its own.
+        attention_mask: what `key_mask` made. It says everything about visibility, as a mask
+            tensor does with eager attention; None leaves that to `is_causal` and
+            `sliding_window`.
+        scaling: factor of q.k; None is d**-0.5.
+        s_aux: [h] sink logits.
+        gate: [b, h, t] or [b, h, t, d] gate logits, from `fuse_gates`.
+
+    Returns:
+        [b, t, h, d], and None in the place of the attention weights.
+
+    Raises:
+        ValueError: see `register_with_transformers`.
+    """
+    if dropout > 0.0:
+        refuse(f"dropout (got {dropout})", "call model.eval() or set the rate to 0")
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) not in (None, False):
+            refuse(what)
+    if s_aux is not None and gate is not None:
+        refuse("sinks and a gate in one layer")
+    mask = _resolve(module, query, key, attention_mask, is_causal, sliding_window)
+
+    width, value_width = query.shape[-1], value.shape[-1]
+    if value_width != width:
+        # Zeros beside q and k leave their product as it is, zeros beside v are cut off below.
+        scaling = width**-0.5 if scaling is None else scaling
+        wide = max(width, value_width)
+        query, key = (functional.pad(x, (0, wide - width)) for x in (query, key))
+        value = functional.pad(value, (0, wide - value_width))
+    options: dict[str, Any] = {
+        # Plain attention is the kind that leaves the output alone.
+        "kind": "sink" if s_aux is not None else "gated" if gate is not None else "vanilla",
+        "sinks": s_aux,
+        "gate": gate,
+        "causal": mask.causal,
+        "window": mask.window,
+        "scale": scaling,
+        "key_start": mask.key_start,
+        "key_lengths": mask.key_lengths,
+    }
+    tensors = query, key[:, :, : mask.used], value[:, :, : mask.used]
+    probe = module.__dict__.get(PROBE)
+    if probe is None:
+        out = sink_attention(*tensors, **options)
+    else:
+        out = probe(module, tensors, options, mask)
+    return out[..., :value_width].transpose(1, 2).contiguous(), None
+
+
+def _resolve(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: KeyMask | Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> KeyMask:
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    by_layer = bool(getattr(module, "is_causal", True))
+    if mask is None:
+        causal = by_layer if is_causal is None else is_causal
+        if causal and queries not in (1, keys):
+            refuse(
+                f"causal attention of {queries} queries to {keys} keys without an attention_mask"
+            )
+        return KeyMask(batch, queries, keys, keys, causal, sliding_window)
+    if not isinstance(mask, KeyMask):
+        refuse(
+            f"a dense attention_mask (got {tuple(mask.shape)}, {mask.dtype})",
+            "pass the padding mask [batch, keys]",
+        )
+    if mask.causal and by_layer and is_causal is False:
+        refuse("is_causal=False for a causal model", "set config.is_causal = False")
+    if (mask.batch, mask.queries, mask.keys) != (batch, queries, keys):
+        refuse(
+            f"a mask for {mask.batch} x {mask.queries} queries and {mask.keys} keys in a layer "
+            f"with {batch} x {queries} and {keys}"
+        )
+    return mask

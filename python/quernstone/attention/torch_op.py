@@ -1,0 +1,46 @@
+"""The operators ``quernstone::sink_attention`` and ``quernstone::sink_attention_aux``.
+
+The extension defines both and their CPU kernels. Here torch learns their shapes, for
+``torch.compile``, ``torch.export`` and fake tensors. The extents are checked by the kernel,
+which sees the real ones.
+"""
+
+import torch
+from torch import Tensor
+
+from quernstone import _config  # noqa: F401  (defines the operators)
+
+
+def _out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    torch._check_value(
+        q.ndim == 4 and k.ndim == 4 and v.ndim == 4,
+        lambda: f"q, k, v: got {q.ndim}, {k.ndim} and {v.ndim} axes, expected 4 each",
+    )
+    for name, x in (("k", k), ("v", v)):
+        torch._check_value(
+            x.device == q.device, lambda: f"{name}.device: got {x.device}, expected {q.device}"
+        )
+        torch._check_value(
+            x.dtype == q.dtype, lambda: f"{name}.dtype: got {x.dtype}, expected {q.dtype}"
+        )
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.register_fake("quernstone::sink_attention")
+def _sink_attention_fake(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    return _out(q, k, v)
+
+
+@torch.library.register_fake("quernstone::sink_attention_aux")
+def _sink_attention_aux_fake(
+    q: Tensor, k: Tensor, v: Tensor, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _out(q, k, v),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty(q.shape[1:2], dtype=torch.float32),
+    )
+
+
+sink_attention = torch.ops.quernstone.sink_attention.default
+sink_attention_aux = torch.ops.quernstone.sink_attention_aux.default

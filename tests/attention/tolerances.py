@@ -1,0 +1,59 @@
+"""How far a result may be from the fp64 reference. The only numbers of their kind in these tests.
+
+u is the unit roundoff, 2^-24 for fp32 and 2^-8 for bf16. "Relative error" of a tensor is the
+Frobenius norm of the difference over that of the reference.
+"""
+
+import torch
+from torch import Tensor
+
+U_FP32 = 2.0**-24
+U_BF16 = 2.0**-8
+
+# Ours over a rival's error, where the promise is "never above". In fp32 none is needed. In bf16
+# both errors are the same two roundings, of the weights and of the output, met in another order:
+# they agree up to the sampling noise of their norms, 1 / sqrt(2 n) for n elements, which is
+# below 0.4 % for the 32768 elements or more that are compared. Five standard deviations.
+FP32_OVER_RIVAL = 1.0
+BF16_OVER_RIVAL = 1.02
+
+
+def output(dtype: torch.dtype, logit_sd: float = 1.0) -> float:
+    """Relative error of the output.
+
+    fp32: the promise for N(0, 1) inputs is 5e-7 = 8 u. A weight inherits the absolute error of its
+    logit, which is a few u times the logit's size, so the bound grows with the logits.
+
+    bf16: the weights and the output are rounded to bf16 once each, by at most u; products of bf16
+    numbers are exact in fp32, so that the logits' own error does not show.
+    """
+    if dtype is torch.bfloat16:
+        return 2 * U_BF16
+    return 5e-7 * max(1.0, logit_sd)
+
+
+def lse(want: Tensor) -> float:
+    """Absolute error of the log-sum-exp, in both types (it is kept in fp32).
+
+    The largest logit and the log-sum-exp are within log(s) of each other; each is rounded by u
+    times its size, and so is each of the partial sums of the dot product: 8 u in all.
+    """
+    finite = want[want.isfinite()].abs()
+    return 8 * U_FP32 * (1.0 + (finite.max().item() if finite.numel() else 0.0))
+
+
+def gate(argument: float) -> float:
+    """Relative error of G = sigmoid(x) for |x| up to `argument`.
+
+    dG / G = (1 - G) dx: the absolute error of x, a difference of two numbers that are rounded by u
+    times their size, becomes the relative error of G. 8 u for the logits, as in `lse`.
+    """
+    return 8 * U_FP32 * (2.0 + argument)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Frobenius norm of the difference over that of `want`; 0 for two tensors of zeros."""
+    difference = torch.linalg.vector_norm(got.double() - want.double()).item()
+    if difference == 0.0:
+        return 0.0
+    return difference / torch.linalg.vector_norm(want.double()).clamp(min=1e-300).item()
