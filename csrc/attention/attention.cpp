@@ -15,7 +15,9 @@
 namespace quernstone::attention {
 namespace {
 
-constexpr std::int64_t kRowsPerBlock = 128;
+// A block's keys are copied once for all its rows; its rows stay in the L2 cache.
+constexpr std::int64_t kRowsPerBlock = 256;
+constexpr std::int64_t kStrip = 32;  // blocks are whole strips
 constexpr std::int64_t kMaxKeys = std::numeric_limits<std::int32_t>::max();
 constexpr float kNoSink = -std::numeric_limits<float>::infinity();
 
@@ -160,33 +162,37 @@ class Visibility {
 template <class T>
 class Forward {
    public:
-    Forward(const ForwardArgs<T>& args, const Extents& e) noexcept
+    Forward(const ForwardArgs<T>& args, const Extents& e, int threads) noexcept
         : a_(args),
           e_(e),
           group_(e.h / e.g),
           rows_(group_ * e.t),
-          blocks_((rows_ + kRowsPerBlock - 1) / kRowsPerBlock),
+          threads_(threads),
+          per_block_(pick_rows_per_block()),
+          blocks_((rows_ + per_block_ - 1) / per_block_),
+          strips_((rows_ + kStrip - 1) / kStrip),
           kernel_(pick()),
           // The vanilla gate asks for the first key apart; plain attention does not.
           first_key_apart_(args.kind == Kind::kVanilla && args.importance.present()) {}
 
-    [[nodiscard]] Status run(int threads) noexcept {
+    [[nodiscard]] Status run() noexcept {
         const std::int64_t tasks = e_.b * e_.g * blocks_;
         if (a_.importance.present()) {
-            shares_.reset(new (std::nothrow) double[static_cast<std::size_t>(tasks * group_)]());
+            const std::int64_t count = e_.b * e_.g * strips_ * group_;
+            shares_.reset(new (std::nothrow) double[static_cast<std::size_t>(count)]());
             if (!shares_) {
-                return no_memory("importance", tasks * group_ * std::int64_t{sizeof(double)});
+                return no_memory("importance", count * std::int64_t{sizeof(double)});
             }
         }
         std::atomic<bool> starved{false};
-        parallel_for(tasks, threads, [&](std::int64_t i) noexcept {
+        parallel_for(tasks, threads_, [&](std::int64_t i) noexcept {
             if (!run_block(i % (e_.b * e_.g), blocks_ - 1 - i / (e_.b * e_.g))) {
                 starved.store(true, std::memory_order_relaxed);
             }
         });
         if (starved.load()) {
             return no_memory("workspace", static_cast<std::int64_t>(kernel_.scratch_bytes(
-                                              std::min(rows_, kRowsPerBlock), e_.d)));
+                                              per_block_, e_.d)));
         }
         if (a_.importance.present()) {
             reduce_importance();
@@ -195,6 +201,16 @@ class Forward {
     }
 
    private:
+    // Enough blocks that no thread waits long for another at the end. Rows do
+    // not depend on one another, so neither do results on this.
+    [[nodiscard]] std::int64_t pick_rows_per_block() const noexcept {
+        if (threads_ <= 1) {
+            return kRowsPerBlock;
+        }
+        const std::int64_t share = e_.b * e_.g * rows_ / (std::int64_t{8} * threads_);
+        return std::clamp(share / kStrip * kStrip, kStrip, kRowsPerBlock);
+    }
+
     [[nodiscard]] const Kernel& pick() const noexcept {
         const Kernels& all = kernels<T>();
         const bool few = rows_ <= all.narrow.lanes;
@@ -206,8 +222,8 @@ class Forward {
     [[nodiscard]] bool run_block(std::int64_t bg, std::int64_t block_index) noexcept {
         const std::int64_t b = bg / e_.g;
         const std::int64_t g = bg % e_.g;
-        const std::int64_t begin = block_index * kRowsPerBlock;
-        const std::int64_t count = std::min(kRowsPerBlock, rows_ - begin);
+        const std::int64_t begin = block_index * per_block_;
+        const std::int64_t count = std::min(per_block_, rows_ - begin);
         std::byte* scratch = Scratch::of_this_thread().reserve(kernel_.scratch_bytes(count, e_.d));
         if (scratch == nullptr) {
             return false;
@@ -240,11 +256,10 @@ class Forward {
                               : -1;
         kernel_.run(block, scratch);
         if (a_.importance.present()) {
-            double* share = shares_.get() + ((bg * blocks_) + block_index) * group_;
             for (std::int64_t r = 0; r < count; ++r) {
-                const std::int64_t t = (begin + r) / group_;
-                if (counts(b, t, rows[r])) {
-                    share[(begin + r) % group_] += static_cast<double>(gates[r]);
+                const std::int64_t index = begin + r;
+                if (counts(b, index / group_, rows[r])) {
+                    share(bg, index / kStrip, index % group_) += static_cast<double>(gates[r]);
                 }
             }
         }
@@ -271,6 +286,13 @@ class Forward {
         return r;
     }
 
+    // Sum of the gates of one head in one strip: strips, unlike blocks, do not
+    // depend on the number of threads, so the order of summation does not either.
+    [[nodiscard]] double& share(std::int64_t bg, std::int64_t strip,
+                                std::int64_t head) const noexcept {
+        return shares_[static_cast<std::size_t>((bg * strips_ + strip) * group_ + head)];
+    }
+
     // A token whose gate nobody can tell (it sees no key, or none beside the
     // first) is not part of the mean.
     [[nodiscard]] bool counts(std::int64_t b, std::int64_t t, const Row& r) const noexcept {
@@ -292,9 +314,8 @@ class Forward {
         for (std::int64_t h = 0; h < e_.h; ++h) {
             double sum = 0.0;
             for (std::int64_t b = 0; b < e_.b; ++b) {
-                for (std::int64_t i = 0; i < blocks_; ++i) {
-                    sum += shares_[static_cast<std::size_t>(
-                        ((b * e_.g + h / group_) * blocks_ + i) * group_ + h % group_)];
+                for (std::int64_t i = 0; i < strips_; ++i) {
+                    sum += share(b * e_.g + h / group_, i, h % group_);
                 }
             }
             *a_.importance.at(h) =
@@ -304,10 +325,12 @@ class Forward {
 
     const ForwardArgs<T>& a_;
     Extents e_;
-    std::int64_t group_, rows_, blocks_;  // rows of one key head: group x t, query-major
+    std::int64_t group_, rows_;  // rows of one key head: group x t, query-major
+    int threads_;
+    std::int64_t per_block_, blocks_, strips_;
     const Kernel& kernel_;
     bool first_key_apart_;
-    std::unique_ptr<double[]> shares_;  // [b, g, block, group] sums of gates
+    std::unique_ptr<double[]> shares_;  // [b, g, strip, head of the group]
 };
 
 }  // namespace
@@ -318,7 +341,7 @@ Status forward(const ForwardArgs<T>& args, int threads) noexcept {
     const Extents e{args.q.extent[0], args.q.extent[1], args.k.extent[1],
                     args.q.extent[2], args.k.extent[2], args.q.extent[3]};
     QS_TRY(check(args, e));
-    const Status status = Forward<T>(args, e).run(threads);
+    const Status status = Forward<T>(args, e, threads).run();
     last_seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return status;

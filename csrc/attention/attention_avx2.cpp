@@ -51,6 +51,26 @@ inline bool vall_finite(vf x) {
     return _mm256_movemask_ps(_mm256_cmp_ps(difference, difference, _CMP_UNORD_Q)) == 0;
 }
 
+// Rows become columns.
+inline void vtranspose(vf (&r)[kWidth]) {
+    vf a[kWidth];
+    vf b[kWidth];
+    for (int i = 0; i < kWidth; i += 2) {
+        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < kWidth; i += 4) {
+        for (int c = 0; c < 2; ++c) {
+            b[i + 2 * c] = _mm256_shuffle_ps(a[i + c], a[i + c + 2], 0x44);
+            b[i + 2 * c + 1] = _mm256_shuffle_ps(a[i + c], a[i + c + 2], 0xee);
+        }
+    }
+    for (int c = 0; c < 4; ++c) {
+        r[c] = _mm256_permute2f128_ps(b[c], b[c + 4], 0x20);
+        r[c + 4] = _mm256_permute2f128_ps(b[c], b[c + 4], 0x31);
+    }
+}
+
 inline vf vload_bf16(const std::uint16_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));

@@ -1,108 +1,84 @@
-#include <cmath>
 #include <cstring>
 
 #include "attention/block.h"
 
-// The level that any 64-bit compiler takes: arrays of four floats, which
-// compilers turn into whatever vectors their target has.
+// The level that any 64-bit target takes: four floats in the compiler's own
+// vector type (gcc and clang), which becomes SSE2, NEON or plain registers.
 namespace quernstone::attention::baseline {
 namespace {
 
+using vf = float __attribute__((vector_size(16)));
+using vi = std::int32_t __attribute__((vector_size(16)));
+using vu = std::uint32_t __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
-constexpr int kWideVectors = 2;
+constexpr int kWideVectors = 2;  // a wide panel: 8 rows, tiles of 4 x 8
 constexpr int kWideRows = 4;
-constexpr int kNarrowRows = 4;
+constexpr int kNarrowRows = 8;   // a narrow panel: 4 rows, tiles of 8 x 4
 
-struct vf {
-    float x[kWidth];
-};
-struct vi {
-    std::int32_t x[kWidth];
-};
-
-template <class F>
-inline vf lanes(F f) {
-    vf r;
-    for (int i = 0; i < kWidth; ++i) {
-        r.x[i] = f(i);
-    }
-    return r;
-}
-
-inline float from_bits(std::uint32_t bits) {
-    float f = 0.0F;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
-}
-inline std::uint32_t to_bits(float f) {
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, &f, sizeof bits);
-    return bits;
-}
-
-inline vf vset(float x) {
-    return lanes([&](int) { return x; });
-}
+inline vf vset(float x) { return vf{x, x, x, x}; }
 inline vf vbroadcast(const float* p) { return vset(*p); }
 inline vf vload(const float* p) {
     vf r;
-    std::memcpy(r.x, p, sizeof r.x);
+    std::memcpy(&r, p, sizeof r);
     return r;
 }
-inline void vstore(float* p, vf x) { std::memcpy(p, x.x, sizeof x.x); }
+inline void vstore(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 inline vi vload(const std::int32_t* p) {
     vi r;
-    std::memcpy(r.x, p, sizeof r.x);
+    std::memcpy(&r, p, sizeof r);
     return r;
 }
-inline vf vadd(vf a, vf b) {
-    return lanes([&](int i) { return a.x[i] + b.x[i]; });
-}
-inline vf vsub(vf a, vf b) {
-    return lanes([&](int i) { return a.x[i] - b.x[i]; });
-}
-inline vf vmul(vf a, vf b) {
-    return lanes([&](int i) { return a.x[i] * b.x[i]; });
-}
-inline vf vdiv(vf a, vf b) {
-    return lanes([&](int i) { return a.x[i] / b.x[i]; });
-}
-inline vf vfma(vf a, vf b, vf c) {
-    return lanes([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
-}
-inline vf vmax(vf a, vf b) {  // b where either is NaN
-    return lanes([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
-}
-inline vf vmin(vf a, vf b) {
-    return lanes([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
-}
+inline vf vadd(vf a, vf b) { return a + b; }
+inline vf vsub(vf a, vf b) { return a - b; }
+inline vf vmul(vf a, vf b) { return a * b; }
+inline vf vdiv(vf a, vf b) { return a / b; }
+inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
+inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// p times 2 to the integer in the low mantissa bits of t
 inline vf vscale(vf p, vf t) {
-    return lanes([&](int i) { return from_bits(to_bits(p.x[i]) + (to_bits(t.x[i]) << 23)); });
+    return reinterpret_cast<vf>(reinterpret_cast<vu>(p) + (reinterpret_cast<vu>(t) << 23));
 }
+
+// lo <= j < hi ? x : other
 inline vf vwhere_visible(vi lo, vi hi, std::int32_t j, vf x, vf other) {
-    return lanes([&](int i) { return lo.x[i] <= j && j < hi.x[i] ? x.x[i] : other.x[i]; });
+    const vi key = {j, j, j, j};
+    return (lo <= key) & (key < hi) ? x : other;
 }
-inline vf vzero_if_equal(vf x, float y) {
-    return lanes([&](int i) { return x.x[i] == y ? 0.0F : x.x[i]; });
-}
+
+inline vf vzero_if_equal(vf x, float y) { return x == vset(y) ? vset(0.0F) : x; }
+
 inline bool vall_finite(vf x) {
-    bool all = true;
-    for (const float f : x.x) {
-        all = all && std::isfinite(f);
-    }
-    return all;
+    const vi finite = (x - x) == vset(0.0F);
+    return (finite[0] & finite[1] & finite[2] & finite[3]) != 0;
 }
+
+// Rows become columns.
+inline void vtranspose(vf (&r)[kWidth]) {
+    const vf a = {r[0][0], r[1][0], r[2][0], r[3][0]};
+    const vf b = {r[0][1], r[1][1], r[2][1], r[3][1]};
+    const vf c = {r[0][2], r[1][2], r[2][2], r[3][2]};
+    const vf d = {r[0][3], r[1][3], r[2][3], r[3][3]};
+    r[0] = a;
+    r[1] = b;
+    r[2] = c;
+    r[3] = d;
+}
+
 inline vf vload_bf16(const std::uint16_t* p) {
-    return lanes([&](int i) { return from_bits(static_cast<std::uint32_t>(p[i]) << 16); });
+    const vu bits = {p[0], p[1], p[2], p[3]};
+    return reinterpret_cast<vf>(bits << 16);
 }
-inline std::uint16_t round_bf16(float x) {
-    const std::uint32_t bits = to_bits(x);
-    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    return static_cast<std::uint16_t>(std::isnan(x) ? 0x7fc0U : rounded);
-}
+
+// Round to nearest, ties to even; NaN stays NaN.
 inline void vstore_bf16(std::uint16_t* p, vf x) {
+    const vu bits = reinterpret_cast<vu>(x);
+    const vu rounded = bits + 0x7fffU + ((bits >> 16) & 1U);
+    const vu quiet = {0x7fc00000U, 0x7fc00000U, 0x7fc00000U, 0x7fc00000U};
+    const vu word = (x == x ? rounded : quiet) >> 16;
     for (int i = 0; i < kWidth; ++i) {
-        p[i] = round_bf16(x.x[i]);
+        p[i] = static_cast<std::uint16_t>(word[i]);
     }
 }
 

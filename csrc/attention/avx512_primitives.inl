@@ -43,6 +43,32 @@ inline bool vall_finite(vf x) {
     return _mm512_cmp_ps_mask(difference, difference, _CMP_UNORD_Q) == 0;
 }
 
+// Rows become columns.
+inline void vtranspose(vf (&r)[kWidth]) {
+    vf a[kWidth];
+    vf b[kWidth];
+    for (int i = 0; i < kWidth; i += 2) {
+        a[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < kWidth; i += 4) {
+        for (int c = 0; c < 2; ++c) {
+            b[i + 2 * c] = _mm512_shuffle_ps(a[i + c], a[i + c + 2], 0x44);
+            b[i + 2 * c + 1] = _mm512_shuffle_ps(a[i + c], a[i + c + 2], 0xee);
+        }
+    }
+    for (int c = 0; c < 4; ++c) {  // b[4 i + c]: quarter l is column 4 l + c of rows 4 i ...
+        const vf even_01 = _mm512_shuffle_f32x4(b[c], b[c + 4], 0x88);
+        const vf even_23 = _mm512_shuffle_f32x4(b[c + 8], b[c + 12], 0x88);
+        const vf odd_01 = _mm512_shuffle_f32x4(b[c], b[c + 4], 0xdd);
+        const vf odd_23 = _mm512_shuffle_f32x4(b[c + 8], b[c + 12], 0xdd);
+        r[c] = _mm512_shuffle_f32x4(even_01, even_23, 0x88);
+        r[c + 4] = _mm512_shuffle_f32x4(odd_01, odd_23, 0x88);
+        r[c + 8] = _mm512_shuffle_f32x4(even_01, even_23, 0xdd);
+        r[c + 12] = _mm512_shuffle_f32x4(odd_01, odd_23, 0xdd);
+    }
+}
+
 inline vf vload_bf16(const std::uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

@@ -272,6 +272,30 @@ inline float store_row(const Row& row, const Block& block, const float* staged, 
     return sum;
 }
 
+// [d][lane] to [lane][d]
+template <int NV>
+inline void unpack_rows(const float* from, std::int64_t d, float* to) {
+    constexpr int kLanes = NV * kWidth;
+    for (int base = 0; base < kLanes; base += kWidth) {
+        std::int64_t i = 0;
+        for (; i + kWidth <= d; i += kWidth) {
+            vf tile[kWidth];
+            for (int c = 0; c < kWidth; ++c) {
+                tile[c] = vload(from + (i + c) * kLanes + base);
+            }
+            vtranspose(tile);
+            for (int lane = 0; lane < kWidth; ++lane) {
+                vstore(to + (base + lane) * d + i, tile[lane]);
+            }
+        }
+        for (; i < d; ++i) {
+            for (int lane = base; lane < base + kWidth; ++lane) {
+                to[lane * d + i] = from[i * kLanes + lane];
+            }
+        }
+    }
+}
+
 template <class Dot, class T, int NV>
 inline void finish(const Panel<NV>& panel, const Block& block, float* gates, float* s,
                    float* copies, float* staged) {
@@ -317,11 +341,7 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
             vstore(gate + n * kWidth, x.gate);
         }
     }
-    for (std::int64_t i = 0; i < d; ++i) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-            staged[lane * d + i] = panel.o[i * kLanes + lane];
-        }
-    }
+    unpack_rows<NV>(panel.o, d, staged);
     for (int lane = 0; lane < panel.row_count; ++lane) {
         const Row& row = panel.rows[lane];
         const bool blind = panel.l[lane] == 0.0F;
@@ -352,6 +372,20 @@ std::size_t scratch_bytes(std::int64_t rows, std::int64_t d) {
                                 Dot::copy_floats(d) + kLanes * d;
     return static_cast<std::size_t>(floats) * sizeof(float) +
            static_cast<std::size_t>(panels) * sizeof(Panel<NV>);
+}
+
+// Asks for the share `part` of `parts` of keys that the next block reads.
+template <class T>
+inline void prefetch_rows(const Block& block, std::int64_t begin, std::int64_t end,
+                          std::int64_t part, std::int64_t parts) {
+    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t n = end - begin;
+    for (std::int64_t j = begin + n * part / parts; j < begin + n * (part + 1) / parts; ++j) {
+        for (std::int64_t i = 0; i < block.width; i += kLine) {
+            __builtin_prefetch(static_cast<const T*>(block.k) + j * block.k_row + i, 0, 2);
+            __builtin_prefetch(static_cast<const T*>(block.v) + j * block.v_row + i, 0, 2);
+        }
+    }
 }
 
 template <class Dot, class T, int NV>
@@ -394,6 +428,7 @@ void run(const Block& block, std::byte* scratch) {
         for (std::int64_t i = 0; i < count; ++i) {
             const std::int64_t j0 = panels[i].first > from ? panels[i].first : from;
             const std::int64_t j1 = panels[i].last < to ? panels[i].last : to;
+            prefetch_rows<T>(block, to, to + kBlockKeys < end ? to + kBlockKeys : end, i, count);
             if (j0 < j1) {
                 attend<Dot, NV>(panels[i], keys, j0, j1, d, scale, s);
             }

@@ -106,6 +106,11 @@ inline bool all_finite(const float* x, std::int64_t n) {
     return true;
 }
 
+template <class T>
+inline const T* query(const Row& row) {
+    return static_cast<const T*>(row.q);
+}
+
 struct Fp32Dot {
     struct Keys {
         const float* k;           // [key][d]
@@ -132,11 +137,26 @@ struct Fp32Dot {
     static void load_queries(const Block& block, const Row* rows, int n, float* q) {
         constexpr int kLanes = NV * kWidth;
         const float scale = block.scale * kLog2e;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const T* from = static_cast<const T*>(rows[lane < n ? lane : 0].q);
-            for (std::int64_t i = 0; i < block.width; ++i) {
-                q[i * kLanes + lane] =
-                    lane < n ? Stored<T>::get(from[i * block.q_col]) * scale : 0.0F;
+        for (int base = 0; base < kLanes; base += kWidth) {
+            std::int64_t i = 0;
+            for (; block.q_col == 1 && i + kWidth <= block.width; i += kWidth) {
+                vf tile[kWidth];
+                for (int lane = 0; lane < kWidth; ++lane) {
+                    tile[lane] = base + lane < n
+                                     ? Stored<T>::load(query<T>(rows[base + lane]) + i)
+                                     : vset(0.0F);
+                }
+                vtranspose(tile);
+                for (int c = 0; c < kWidth; ++c) {
+                    vstore(q + (i + c) * kLanes + base, vmul(vset(scale), tile[c]));
+                }
+            }
+            for (; i < block.width; ++i) {
+                for (int lane = base; lane < base + kWidth; ++lane) {
+                    q[i * kLanes + lane] =
+                        lane < n ? Stored<T>::get(query<T>(rows[lane])[i * block.q_col]) * scale
+                                 : 0.0F;
+                }
             }
         }
     }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .cases import DTYPES, KINDS, Case, check, run
+from .cases import DTYPES, KINDS, Case, check, check_call, run
 from .sweep import every_flag, every_pair
 
 PAIRS = every_pair()
@@ -58,8 +58,6 @@ def test_empty_axes_give_empty_results_or_rows_without_a_key(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sinks_may_be_fp32_beside_bf16_keys(isa: str, dtype: torch.dtype) -> None:
-    from .cases import check_call
-
     (q, k, v), options = Case(dtype=torch.bfloat16).make()
     check_call(q, k, v, **(options | {"sinks": options["sinks"].to(dtype)}))
 

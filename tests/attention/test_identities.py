@@ -29,16 +29,17 @@ def gates(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sink_of_minus_infinity_is_plain_attention(isa: str, dtype: torch.dtype) -> None:
-    (q, k, v), _ = Case(dtype=dtype, ratio=2, queries=45, keys=70, padding="both").make()
-    plain, _ = split(sink_attention(q, k, v, kind="vanilla"))
-    assert torch.equal(sink_attention(q, k, v, sinks=torch.full((4,), NEVER)), plain)
+    (q, k, v), _ = Case(dtype=dtype, ratio=2, queries=45, keys=70).make()
+    plain = sink_attention(q, k, v, kind="vanilla")
+    ours = sink_attention(q, k, v, sinks=torch.full((4,), NEVER))
+    assert tolerances.relative_error(ours, plain) <= 2 * tolerances.output(dtype)
 
 
 def test_a_sink_of_minus_infinity_has_importance_one(isa: str) -> None:
     (q, k, v), options = Case(queries=45, keys=45).make()
     _, aux = split(sink_attention(q, k, v, **(options | {"sinks": torch.full((2,), NEVER)})))
     assert aux is not None
-    assert torch.equal(aux.importance, torch.ones(2))
+    torch.testing.assert_close(aux.importance, torch.ones(2), rtol=tolerances.gate(0.0, 32), atol=0.0)
 
 
 def test_a_sink_is_one_more_key_without_a_value(isa: str) -> None:
@@ -104,7 +105,7 @@ def test_the_order_of_keys_does_not_matter_without_a_mask(
     assert tolerances.relative_error(shuffled, straight) <= 2 * tolerances.output(dtype)
     assert isinstance(aux, Aux)
     assert isinstance(shuffled_aux, Aux)
-    allowed = 2 * tolerances.lse(aux.lse)
+    allowed = 2 * tolerances.lse(aux.lse, q.shape[3])
     torch.testing.assert_close(shuffled_aux.lse, aux.lse, rtol=0.0, atol=allowed)
 
 
@@ -149,12 +150,15 @@ def test_key_lengths_are_the_same_as_fewer_keys(isa: str) -> None:
     assert torch.equal(cut_aux.importance, aux.importance)
 
 
-def test_aux_does_not_change_the_output(isa: str) -> None:
-    for kind in KINDS:
-        (q, k, v), options = Case(kind=kind, ratio=2, queries=50, keys=66, aux=False).make()
-        bare, _ = split(sink_attention(q, k, v, **options))
-        out, _ = split(sink_attention(q, k, v, **(options | {"return_aux": True})))
-        assert torch.equal(out, bare), kind
+@pytest.mark.parametrize("kind", KINDS)
+def test_aux_does_not_change_the_output(isa: str, kind: str) -> None:
+    (q, k, v), options = Case(kind=kind, ratio=2, queries=50, keys=66, aux=False).make()
+    bare, _ = split(sink_attention(q, k, v, **options))
+    out, _ = split(sink_attention(q, k, v, **(options | {"return_aux": True})))
+    if kind == "vanilla":  # its gate needs the sums without the first key, which then comes last
+        assert tolerances.relative_error(out, bare) <= 2 * tolerances.output(q.dtype)
+    else:
+        assert torch.equal(out, bare)
 
 
 def test_a_negative_scale_is_the_negated_keys(isa: str) -> None:

@@ -32,23 +32,32 @@ def output(dtype: torch.dtype, logit_sd: float = 1.0) -> float:
     return 5e-7 * max(1.0, logit_sd)
 
 
-def lse(want: Tensor) -> float:
+def lse(want: Tensor, width: int) -> float:
     """Absolute error of the log-sum-exp, in both types (it is kept in fp32).
 
-    The largest logit and the log-sum-exp are within log(s) of each other; each is rounded by u
-    times its size, and so is each of the partial sums of the dot product: 8 u in all.
+    It inherits the error of the largest logits, which are within log(s) of it: d partial sums,
+    each rounded by u times its size, add up like a random walk to sqrt(d) u; scale, exponential,
+    sum and logarithm share 8 u.
     """
     finite = want[want.isfinite()].abs()
-    return 8 * U_FP32 * (1.0 + (finite.max().item() if finite.numel() else 0.0))
+    return _logit(width) * (1.0 + (finite.max().item() if finite.numel() else 0.0))
 
 
-def gate(argument: float) -> float:
-    """Relative error of G = sigmoid(x) for |x| up to `argument`.
+def gate(argument: float, width: int) -> float:
+    """Relative error of G = sigmoid(x), x being a difference of numbers up to `argument`.
 
-    dG / G = (1 - G) dx: the absolute error of x, a difference of two numbers that are rounded by u
-    times their size, becomes the relative error of G. 8 u for the logits, as in `lse`.
+    dG / G = (1 - G) dx, so that the absolute error of x becomes the relative error of G.
     """
-    return 8 * U_FP32 * (2.0 + argument)
+    return _logit(width) * (2.0 + argument)
+
+
+def _logit(width: int) -> float:
+    return (8.0 + width**0.5) * U_FP32
+
+
+# Below this, and for all that flush subnormal numbers, fp32 has nothing to say: smallest normal
+# number times the sum of a few.
+UNDERFLOW = 2.0**-122
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -38,7 +38,7 @@ def build_unit(name: str, *definitions: str) -> Path:
     directory = ROOT / "build" / name
     cmake = program("cmake")
     ninja = f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"
-    options = [f"-D{definition}" for definition in ("QS_TESTS=ON", *definitions)]
+    options = [f"-D{definition}" for definition in ("QS_TESTS=ON", "QS_WERROR=ON", *definitions)]
     run(cmake, "-G", "Ninja", "-S", ROOT, "-B", directory, ninja, *options)
     run(cmake, "--build", directory, "--target", BINARY)
     return directory / BINARY
