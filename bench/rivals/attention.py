@@ -17,8 +17,9 @@ from torch import Tensor
 from quernstone.bench import machine
 from quernstone.bench.cases.attention import TOLERANCE, AttentionCase, Inputs, relative_error
 from quernstone.bench.harness import Absent, Check, Rival
+from quernstone.bench.optional import get_extra
 
-EXTRA = "pip install 'quernstone[attention]'"
+EXTRA = get_extra("attention")
 EAGER = "Hugging Face eager"
 FLASH = "torch flash"
 ZERO_KEY = "SDPA zero key"

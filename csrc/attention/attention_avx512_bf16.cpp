@@ -221,20 +221,14 @@ struct Bf16Dot {
     template <int R, int NV>
     static void value_tile(const std::uint16_t* v, std::int64_t v_pair, std::int64_t pairs,
                            const std::int32_t* p, float* o, const vf* alpha) {
-        vf acc[R][NV];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-            for (int n = 0; n < NV; ++n) {
-                acc[r][n] = vmul(alpha[n], vload(o + (r * NV + n) * kWidth));
-            }
-        }
+        vf acc[R][NV] = {};
         dot_pairs(acc, v, 2, v_pair, p, pairs);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
             for (int n = 0; n < NV; ++n) {
-                vstore(o + (r * NV + n) * kWidth, acc[r][n]);
+                float* at = o + (r * NV + n) * kWidth;
+                vstore(at, vfma(alpha[n], vload(at), acc[r][n]));
             }
         }
     }

@@ -2,75 +2,64 @@
 // block_kernel.inl. Keys and values are copied: a block is read by every panel,
 // and the copy costs less than rows that fall into the same cache sets.
 
-// s[r] = k[r] . q for R keys
+// acc[r] += sum over i < n of a[r * a_row + i * a_step] b[i]
 template <int R, int NV>
-inline void logit_tile(const float* k, std::int64_t row, std::int64_t d, const float* q, float* s,
-                       vf* top) {
-    vf acc[R][NV];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+inline void dot(vf (&acc)[R][NV], const float* a, std::int64_t a_row, std::int64_t a_step,
+                const float* b, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i, a += a_step, b += NV * kWidth) {
+        vf right[NV];
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) {
-            acc[r][n] = vset(0.0F);
-        }
-    }
-    for (std::int64_t i = 0; i < d; ++i, q += NV * kWidth) {
-        vf b[NV];
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) {
-            b[n] = vload(q + n * kWidth);
+        for (int c = 0; c < NV; ++c) {
+            right[c] = vload(b + c * kWidth);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const vf a = vbroadcast(k + r * row + i);
+            const vf left = vbroadcast(a + r * a_row);
 #pragma GCC unroll 4
-            for (int n = 0; n < NV; ++n) {
-                acc[r][n] = vfma(a, b[n], acc[r][n]);
+            for (int c = 0; c < NV; ++c) {
+                acc[r][c] = vfma(left, right[c], acc[r][c]);
             }
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) {
-            vstore(s + (r * NV + n) * kWidth, acc[r][n]);
-            top[n] = vmax(top[n], acc[r][n]);
         }
     }
 }
 
-// o[r] = alpha o[r] + sum over keys of v[key][r] p[key] for R channels
+// A sum of n terms loses digits in proportion to the square root of its chain:
+// logits are added up in chunks.
+constexpr std::int64_t chunk(std::int64_t d) { return d <= 64 ? 32 : 64; }
+
+// s[r] = k[r] . q for R keys; top: the largest of them so far
 template <int R, int NV>
-inline void value_tile(const float* v, std::int64_t row, std::int64_t keys, const float* p, float* o,
-                       const vf* alpha) {
-    vf acc[R][NV];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) {
-            acc[r][n] = vmul(alpha[n], vload(o + (r * NV + n) * kWidth));
-        }
-    }
-    for (std::int64_t j = 0; j < keys; ++j, p += NV * kWidth, v += row) {
-        vf b[NV];
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) {
-            b[n] = vload(p + n * kWidth);
-        }
+inline void logit_tile(const float* k, std::int64_t d, const float* q, float* s, vf* top) {
+    for (std::int64_t i = 0; i < d; i += chunk(d)) {
+        vf acc[R][NV] = {};
+        dot(acc, k + i, d, 1, q + i * NV * kWidth, d - i < chunk(d) ? d - i : chunk(d));
+        const bool last = i + chunk(d) >= d;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const vf a = vbroadcast(v + r);
 #pragma GCC unroll 4
             for (int n = 0; n < NV; ++n) {
-                acc[r][n] = vfma(a, b[n], acc[r][n]);
+                float* at = s + (r * NV + n) * kWidth;
+                const vf x = i == 0 ? acc[r][n] : vadd(vload(at), acc[r][n]);
+                vstore(at, x);
+                top[n] = last ? vmax(top[n], x) : top[n];
             }
         }
     }
+}
+
+// o[r] = alpha o[r] + sum over keys of v[key][r] p[key] for R channels. The sum
+// starts from zero: one chain through all blocks would be a long one.
+template <int R, int NV>
+inline void value_tile(const float* v, std::int64_t d, std::int64_t keys, const float* p, float* o,
+                       const vf* alpha) {
+    vf acc[R][NV] = {};
+    dot(acc, v, 1, d, p, keys);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (int n = 0; n < NV; ++n) {
-            vstore(o + (r * NV + n) * kWidth, acc[r][n]);
+            float* at = o + (r * NV + n) * kWidth;
+            vstore(at, vfma(alpha[n], vload(at), acc[r][n]));
         }
     }
 }
@@ -178,7 +167,7 @@ struct Fp32Dot {
         for (std::int64_t left = to - from; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
             with_height<kTileRows<NV>>(n, [&]<int R>() {
-                logit_tile<R, NV>(k, d, d, q, s, top);
+                logit_tile<R, NV>(k, d, q, s, top);
             });
             k += n * d;
             s += n * NV * kWidth;

@@ -14,7 +14,7 @@ NEVER = -math.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [60.0, -60.0, 30.0, -30.0, 88.0, -88.0])
+@pytest.mark.parametrize("size", [60.0, -60.0, 30.0, -30.0, 78.0, -78.0])
 def test_large_sinks_neither_overflow_nor_lose_the_gate(
     isa: str, dtype: torch.dtype, size: float
 ) -> None:

