@@ -15,6 +15,14 @@ from pathlib import Path
 from quernstone.bench.record import checkout
 
 BENCH = Path(__file__).parent
+# An editable installation finds its own files before the path is searched; the base comes first.
+START = """
+import os, runpy, sys
+if os.environ.get("QUERNSTONE_BASE"):
+    sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]
+    sys.path.insert(0, os.environ["QUERNSTONE_BASE"])
+runpy.run_module("quernstone.bench.base", run_name="__main__", alter_sys=True)
+"""
 
 
 class BaseFailed(RuntimeError):
@@ -69,8 +77,8 @@ def _build(source: Path, site: Path) -> Path:
 def _measure(path: Path, arguments: Sequence[str], site: Path | None) -> None:
     environment = dict(os.environ)
     if site is not None:
-        environment["PYTHONPATH"] = str(site)
-    command = [sys.executable, "-m", "quernstone.bench.base", str(path), *arguments]
+        environment["QUERNSTONE_BASE"] = str(site)
+    command = [sys.executable, "-c", START, str(path), *arguments]
     _run(command, f"measure {'the base' if site else 'this version'}", environment)
     # Rows whose figure is no time have nothing that this comparison could tell.
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -96,11 +104,9 @@ def main(arguments: Sequence[str]) -> None:
     from quernstone.bench.plugin import Selection
     from quernstone.bench.run import files, run
 
-    # An installation that puts itself first on the path would be measured against itself.
-    first = os.environ.get("PYTHONPATH", "").split(os.pathsep)[0]
-    where = Path(quernstone.__file__).resolve()
-    if first and not where.is_relative_to(Path(first).resolve()):
-        raise SystemExit("this environment imports an editable quernstone before the base")
+    base = os.environ.get("QUERNSTONE_BASE")
+    if base and not Path(quernstone.__file__).resolve().is_relative_to(Path(base).resolve()):
+        raise SystemExit("this environment imports its own quernstone before the base")
     path, *rest = arguments
     names = [word for word in rest if not word.startswith("--")]
     selection = Selection(quick="--quick" in rest, targets_only="--targets" in rest)

@@ -73,9 +73,7 @@ def bench_forward(case: AttentionCase, measure: Measure) -> None:
 
 def _windowed(width: int, threads: int, quick: bool = False) -> AttentionCase:
     row_id = f"{FORWARD}.fp32.window128.d{width}.s8192.t{threads}"
-    return AttentionCase(
-        row_id, threads, quick, width=width, queries=8192, keys=8192, window=128
-    )
+    return AttentionCase(row_id, threads, quick, width=width, queries=8192, keys=8192, window=128)
 
 
 @rows(
@@ -162,14 +160,17 @@ def memory_call(name: str, threads: int, **shape: Any) -> Callable[[], Tensor]:
 )
 def bench_memory(case: AttentionCase, measure: Measure) -> None:
     def peak(name: str) -> float:
-        return peak_beyond(
-            "quernstone.bench.bench_attention:memory_call",
-            name=name,
-            threads=case.threads,
-            queries=case.queries,
-            keys=case.keys,
-            width=case.width,
-        ) / MEGA
+        return (
+            peak_beyond(
+                "quernstone.bench.bench_attention:memory_call",
+                name=name,
+                threads=case.threads,
+                queries=case.queries,
+                keys=case.keys,
+                width=case.width,
+            )
+            / MEGA
+        )
 
     scores = case.heads * case.queries * case.keys * 4 / 1e9
     measure.value(
@@ -230,9 +231,7 @@ def bench_error_beside_flash(case: AttentionCase, measure: Measure) -> None:
 
 
 @rows(
-    AttentionCase(
-        "attention.call.fp32.q1.k16.d64.t1", 1, True, queries=1, keys=16, kv_heads=2
-    ),
+    AttentionCase("attention.call.fp32.q1.k16.d64.t1", 1, True, queries=1, keys=16, kv_heads=2),
     AttentionCase("attention.call.fp32.q4.k4.d16.t1", 1, queries=4, keys=4, width=16),
 )
 def bench_call(case: AttentionCase, measure: Measure) -> None:

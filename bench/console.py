@@ -83,8 +83,12 @@ def show(console: Console, results: Results) -> None:
         )
     console.print(table)
     missing = sorted(
-        {f"{name}: {rival.absent}" for row in results.rows for name, rival in row.rivals.items()
-         if rival.absent}
+        {
+            f"{name}: {rival.absent}"
+            for row in results.rows
+            for name, rival in row.rivals.items()
+            if rival.absent
+        }
     )
     for line in missing:
         console.print(Text(f"  {line}", style="yellow"))

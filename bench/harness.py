@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import pytest
 
@@ -58,7 +58,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Absent:
-    """A rival or a model that is not here; `why` ends with the command that brings it."""
+    """A rival or a model that is not here; `why` holds the command that brings it."""
 
     name: str
     why: str
@@ -264,14 +264,14 @@ class Measure:
         row.ratio = min(ratios) if ratios else None
         return row
 
-    def absent(self, *, what: str, unit: str, missing: Absent) -> None:
+    def absent(self, *, what: str, unit: str, missing: Absent) -> NoReturn:
         """Says that the row cannot be measured here, and why."""
         row = self._begin(what, unit, ())
         row.notes.append(f"{missing.name}: {missing.why}")
         pytest.skip(missing.why)
 
     def panel(self, title: str, svg: str, caption: str) -> None:
-        """Adds a figure of the vertical's own to the page."""
+        """Adds a figure of the vertical's own (an <svg> element) to the page."""
         self.panels.append((title, svg, caption))
 
     def _begin(self, what: str, unit: str, notes: Iterable[str]) -> Row:

@@ -27,9 +27,7 @@ PREFETCH = (0, 256, 512, 1024, 2048)
 def matmul(dtype: str) -> Limit:
     """`torch.mm` of two 1024 x 1024 matrices at the current number of threads."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (
-        torch.randn(SIDE, SIDE, generator=generator).to(DTYPES[dtype]) for _ in range(2)
-    )
+    left, right = (torch.randn(SIDE, SIDE, generator=generator).to(DTYPES[dtype]) for _ in range(2))
     out = torch.empty_like(left)
     return Limit(f"torch.mm {dtype} {SIDE}³", lambda: torch.mm(left, right, out=out), 2 * SIDE**3)
 
@@ -107,17 +105,14 @@ def dram_read() -> Iterator[Limit]:
         )
 
 
-def _sweep(
-    quick: bool, buffers: int, run: Callable[[list[int], int, int], float]
-) -> Bandwidth:
+def _sweep(quick: bool, buffers: int, run: Callable[[list[int], int, int], float]) -> Bandwidth:
     size = _affordable(buffers)
-    rounds = 3 if quick else 9
+    rounds = 2 if quick else 9
     best: Bandwidth | None = None
     for page in PAGES:
         with contextlib.ExitStack() as stack:
             at = [stack.enter_context(buffer(size, page)) for _ in range(buffers)]
             for far in PREFETCH[::2] if quick else PREFETCH:
-                run(at, size, far)
                 rates = [buffers * size / run(at, size, far) for _ in range(rounds)]
                 rate = Spread.of(rates)
                 if best is None or rate.median > best.rate.median:

@@ -48,7 +48,7 @@ class Collector:
     versions: dict[str, str] = field(default_factory=dict)
     events: Events = field(default_factory=Events)
     rows: list[Row] = field(default_factory=list)
-    panels: list[tuple[str, str, str]] = field(default_factory=list)
+    panels: list[tuple[str, str, str, str]] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
     @pytest.fixture
@@ -64,7 +64,7 @@ class Collector:
         torch.set_num_threads(case.threads)
         yield measure
         torch.set_num_threads(before)
-        self.panels.extend(measure.panels)
+        self.panels.extend((measure.row.vertical, *panel) for panel in measure.panels)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(
@@ -81,7 +81,8 @@ class Collector:
                 f"targets.toml names rows that no benchmark produces: {', '.join(missing)}"
             )
         wanted = {target.id for target in self.targets}
-        kept, dropped = [], []
+        kept: list[pytest.Item] = []
+        dropped: list[pytest.Item] = []
         for item, case in zip(items, cases, strict=True):
             chosen = self.selection.keeps(case.id, case.quick, wanted)
             (kept if chosen else dropped).append(item)

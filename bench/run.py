@@ -28,7 +28,7 @@ MACHINE = "machine"
 class Results:
     rows: list[Row]
     machine: dict[str, Any]
-    panels: list[tuple[str, str, str]] = field(default_factory=list)
+    panels: list[tuple[str, str, str, str]] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
     log: str = ""
 

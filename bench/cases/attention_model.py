@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quernstone.bench.harness import Absent
-from quernstone.bench.optional import GET_MODELS, get_extra
-
 OURS = "quernstone"
 
 
@@ -30,39 +27,38 @@ class ModelCase:
     quick: bool = False
 
 
-def smollm2(implementation: str) -> tuple[Any, Any] | Absent:
-    """SmolLM2-135M-Instruct in fp32 with its tokenizer; the weights are shared by all callers."""
-    return _variant("load_smollm2", "SmolLM2-135M", implementation)
+Variant = tuple[Any, Any]
+"""(model in eval mode, tokenizer)"""
 
 
-def minilm(implementation: str) -> tuple[Any, Any] | Absent:
-    """all-MiniLM-L6-v2 in fp32 with its tokenizer; the weights are shared by all callers."""
-    return _variant("load_minilm", "all-MiniLM-L6-v2", implementation)
+def smollm2(implementation: str) -> Variant:
+    """SmolLM2-135M-Instruct in fp32; its variants share their weights.
+
+    Raises ImportError with the command that brings what is missing.
+    """
+    return _variant("load_smollm2", implementation)
+
+
+def minilm(implementation: str) -> Variant:
+    """all-MiniLM-L6-v2 in fp32; its variants share their weights.
+
+    Raises ImportError with the command that brings what is missing.
+    """
+    return _variant("load_minilm", implementation)
 
 
 @functools.lru_cache(maxsize=8)
-def _variant(loader: str, name: str, implementation: str) -> tuple[Any, Any] | Absent:
-    loaded = _eager(loader, name)
-    if isinstance(loaded, Absent) or implementation == "eager":
+def _variant(loader: str, implementation: str) -> Variant:
+    if implementation == "eager":
+        models = importlib.import_module("quernstone.attention.models")
+        loaded: Variant = getattr(models, loader)("eager")
         return loaded
-    model, tokenizer = loaded
-    if implementation == OURS:
-        importlib.import_module("quernstone.attention.hf").register_with_transformers()
+    model, tokenizer = _variant(loader, "eager")
     # A copy that shares every tensor, so that one process can alternate implementations.
     shared = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     twin.set_attn_implementation(implementation)
     return twin, tokenizer
-
-
-@functools.lru_cache(maxsize=2)
-def _eager(loader: str, name: str) -> tuple[Any, Any] | Absent:
-    try:
-        models = importlib.import_module("quernstone.attention.models")
-        model, tokenizer = getattr(models, loader)("eager")
-    except ImportError as error:
-        return Absent(name, f"{error}; {get_extra("attention")} and {GET_MODELS}")
-    return model.eval(), tokenizer
 
 
 def tokens(tokenizer: Any, count: int) -> Tensor:

@@ -73,9 +73,7 @@ def hugging_face_eager(case: AttentionCase, x: Inputs) -> Rival | Absent:
         out: Tensor = eager(module, x.q, x.k, x.v, mask, case.width**-0.5)[0]
         return out
 
-    return Rival(
-        EAGER, run, _transposed(check(case)), machine.versions(("transformers",))
-    )
+    return Rival(EAGER, run, _transposed(check(case)), machine.versions(("transformers",)))
 
 
 def zero_key(case: AttentionCase, x: Inputs) -> Rival:
@@ -103,13 +101,13 @@ def onnx_runtime(case: AttentionCase, x: Inputs) -> Rival | Absent:
         return Absent(ONNX, f"{error}; {EXTRA}")
     expected = check(case)
 
-    def error(result: Any) -> float:
+    def difference(result: Any) -> float:
         flat = torch.from_numpy(result)
         shape = (case.batch, case.queries, case.heads, case.width)
         return expected.error(flat.view(shape).transpose(1, 2))
 
     return Rival(
-        ONNX, run, Check(error, expected.tolerance), machine.versions(("onnxruntime",))
+        ONNX, run, Check(difference, expected.tolerance), machine.versions(("onnxruntime",))
     )
 
 

@@ -91,7 +91,8 @@ Status check(const ForwardArgs<T>& a, const Extents& e) noexcept {
         return invalid("q.shape[2] or k.shape[2]", std::max(e.s, e.t), "at most", kMaxKeys);
     }
     if (!std::isfinite(a.scale)) {
-        return invalid("scale", std::isnan(a.scale) ? "nan" : "inf", "a finite number");
+        return invalid("scale", std::isnan(a.scale) ? "nan" : a.scale > 0 ? "inf" : "-inf",
+                       "a finite number");
     }
     if (a.window < 0) {
         return invalid("window", a.window, "at least 1");

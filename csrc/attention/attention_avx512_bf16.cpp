@@ -43,9 +43,12 @@ inline void dot_pairs(vf (&acc)[R][NV], const std::uint16_t* a, std::int64_t a_r
 }
 
 struct Bf16Dot {
+    using Element = std::uint16_t;
     struct Keys {
         const std::uint16_t* k;   // [key][even d], a zero behind an odd width
-        const std::uint16_t* v;   // [key pair][d][2], a zero key behind an odd count
+        std::uint16_t* v;         // [key pair][d][2], a zero key behind an odd count
+        std::uint16_t* spare;     // as large as v
+        std::int32_t* rounded;    // [key pair][lane] probabilities, for values()
         std::int64_t begin, end;  // keys
     };
 
@@ -53,14 +56,7 @@ struct Bf16Dot {
 
     static std::int64_t copy_floats(std::int64_t d) {
         const std::int64_t probabilities = (kBlockKeys / 2 + 1) * kWideVectors * kWidth;
-        return kBlockKeys * even(d) / 2 + kBlockKeys * d / 2 + probabilities + 2 * kWidth;
-    }
-
-    // Behind the copies: where values() rounds its probabilities to.
-    static std::int32_t* pair_buffer(const Keys& keys, std::int64_t d) {
-        const std::int64_t used = even(keys.end - keys.begin) * d;
-        auto* p = const_cast<std::uint16_t*>(keys.v) + even(used);
-        return reinterpret_cast<std::int32_t*>(p);
+        return kBlockKeys * even(d) / 2 + 2 * (kBlockKeys * d / 2) + probabilities;
     }
 
     template <class T>
@@ -68,8 +64,10 @@ struct Bf16Dot {
                           float* copies) {
         const std::int64_t d = block.width;
         const std::int64_t n = end - begin;
-        auto* k = reinterpret_cast<std::uint16_t*>(copies);
-        std::uint16_t* v = k + n * even(d);
+        auto* rounded = reinterpret_cast<std::int32_t*>(copies);
+        auto* k = reinterpret_cast<std::uint16_t*>(rounded + (kBlockKeys / 2 + 1) * kWideVectors *
+                                                                 kWidth);
+        std::uint16_t* v = k + kBlockKeys * even(d);
         const auto* from_k = static_cast<const std::uint16_t*>(block.k) + begin * block.k_row;
         const auto* from_v = static_cast<const std::uint16_t*>(block.v) + begin * block.v_row;
         for (std::int64_t j = 0; j < n; ++j) {
@@ -81,7 +79,7 @@ struct Bf16Dot {
             const std::uint16_t* second = j + 1 < n ? from_v + (j + 1) * block.v_row : nullptr;
             interleave(from_v + j * block.v_row, second, block.v_col, d, v + j * d);
         }
-        return {k, v, begin, end};
+        return {k, v, v + kBlockKeys * d, rounded, begin, end};
     }
 
     template <class T, int NV>
@@ -103,21 +101,23 @@ struct Bf16Dot {
         return Stored<std::uint16_t>::get(keys.v[((r & ~std::int64_t{1}) * d) + i * 2 + r % 2]);
     }
 
-    // A pair that starts or ends outside [from, to) multiplies a hidden value by 0.
-    static bool hidden_values_harmless(const Keys& keys, std::int64_t from, std::int64_t to,
-                                       std::int64_t d, bool masked) {
-        const std::int64_t first = (from - keys.begin) & ~std::int64_t{1};
-        const std::int64_t last = even(to - keys.begin);
-        if (!masked && first == from - keys.begin && last == to - keys.begin) {
-            return true;
+    static std::int64_t value_count(const Keys& keys, std::int64_t d) {
+        return even(keys.end - keys.begin) * d;
+    }
+
+    static bool values_finite(const Keys& keys, std::int64_t j, std::int64_t d) {
+        bool all = true;
+        for (std::int64_t i = 0; i < d; ++i) {
+            all = all && finite(value(keys, j, d, i));
         }
-        constexpr std::uint16_t kExponent = 0x7f80;
-        for (std::int64_t i = first * d; i < last * d; ++i) {
-            if ((keys.v[i] & kExponent) == kExponent) {
-                return false;
-            }
-        }
-        return true;
+        return all;
+    }
+
+    // A pair that reaches over [from, to) multiplies a key outside by 0.
+    static bool ends_clean(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d) {
+        const bool low = (from - keys.begin) % 2 == 0 || values_finite(keys, from - 1, d);
+        const bool high = (to - keys.begin) % 2 == 0 || to == keys.end || values_finite(keys, to, d);
+        return low && high;
     }
 
     template <int NV>
@@ -140,14 +140,13 @@ struct Bf16Dot {
                        const float* p, float* o, const vf* alpha) {
         const std::int64_t first = (from - keys.begin) & ~std::int64_t{1};
         const std::int64_t pairs = (even(to - keys.begin) - first) / 2;
-        std::int32_t* rounded = pair_buffer(keys, d);
         for (std::int64_t i = 0; i < pairs; ++i) {
             const std::int64_t j = keys.begin + first + 2 * i;
             for (int n = 0; n < NV; ++n) {
                 const float* at = p + (j - from) * NV * kWidth + n * kWidth;
                 const vf even_key = j >= from ? vload(at) : vset(0.0F);
                 const vf odd_key = j + 1 < to ? vload(at + NV * kWidth) : vset(0.0F);
-                _mm512_storeu_si512(rounded + (i * NV + n) * kWidth,
+                _mm512_storeu_si512(keys.rounded + (i * NV + n) * kWidth,
                                     round_pair(even_key, odd_key));
             }
         }
@@ -155,7 +154,7 @@ struct Bf16Dot {
         for (std::int64_t left = d; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
             with_height<kTileRows<NV>>(n, [&]<int R>() {
-                value_tile<R, NV>(v, 2 * d, pairs, rounded, o, alpha);
+                value_tile<R, NV>(v, 2 * d, pairs, keys.rounded, o, alpha);
             });
             v += 2 * n;
             o += n * NV * kWidth;

@@ -105,26 +105,59 @@ inline void exp_rows(float* s, std::int64_t n, const vf* top, vf* sum) {
     }
 }
 
-// Dot::values lane by lane, leaving the values of hidden keys alone: 0 times a
-// NaN or an infinity would not be 0.
-template <class Dot, int NV>
-inline void visible_values(const Panel<NV>& panel, const typename Dot::Keys& keys,
-                           std::int64_t from, std::int64_t to, std::int64_t d, const float* p,
-                           const vf* alpha) {
-    constexpr int kLanes = NV * kWidth;
-    alignas(64) float a[kLanes];
-    for (int n = 0; n < NV; ++n) {
-        vstore(a + n * kWidth, alpha[n]);
+// Calls f(j) for the keys of [from, to) that not every row of the panel sees.
+template <int NV, class F>
+inline void for_each_edge(const Panel<NV>& panel, std::int64_t from, std::int64_t to, F&& f) {
+    const std::int64_t head = panel.all_first < to ? panel.all_first : to;
+    std::int64_t tail = panel.all_last > from ? panel.all_last : from;
+    tail = tail > head ? tail : head;
+    for (std::int64_t j = from; j < head; ++j) {
+        f(j);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (std::int64_t j = tail; j < to; ++j) {
+        f(j);
+    }
+}
+
+// s[j] = other where a row does not see key j
+template <int NV>
+inline void hide(const Panel<NV>& panel, std::int64_t from, std::int64_t to, float other,
+                 float* s) {
+    for_each_edge(panel, from, to, [&](std::int64_t j) {
+        for (int n = 0; n < NV; ++n) {
+            float* at = s + ((j - from) * NV + n) * kWidth;
+            vstore(at, vwhere_visible(vload(panel.lo + n * kWidth), vload(panel.hi + n * kWidth),
+                                      static_cast<std::int32_t>(j), vload(at), vset(other)));
+        }
+    });
+}
+
+inline bool finite(float x) { return x - x == 0.0F; }
+
+// Dot::values where a key that some row may not see holds a NaN or an infinity:
+// 0 times that would not be 0. It goes to the rows that see it, afterwards.
+template <class Dot, int NV>
+inline void spoilt_values(const Panel<NV>& panel, const typename Dot::Keys& keys,
+                          std::int64_t from, std::int64_t to, std::int64_t d, const float* p,
+                          const vf* alpha) {
+    using Element = typename Dot::Element;
+    constexpr int kLanes = NV * kWidth;
+    const std::int64_t count = Dot::value_count(keys, d);
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(Element);
+    std::memcpy(keys.spare, keys.v, bytes);
+    for (std::int64_t i = 0; i < count; ++i) {
+        keys.v[i] = finite(Stored<Element>::get(keys.v[i])) ? keys.v[i] : Element{0};
+    }
+    Dot::template values<NV>(keys, from, to, d, p, panel.o, alpha);
+    std::memcpy(keys.v, keys.spare, bytes);
+    for (std::int64_t j = from; j < to; ++j) {
         for (std::int64_t i = 0; i < d; ++i) {
-            float sum = panel.o[i * kLanes + lane] * a[lane];
-            for (std::int64_t j = from; j < to; ++j) {
+            const float x = Dot::value(keys, j, d, i);
+            for (int lane = 0; !finite(x) && lane < kLanes; ++lane) {
                 if (panel.lo[lane] <= j && j < panel.hi[lane]) {
-                    sum += p[(j - from) * kLanes + lane] * Dot::value(keys, j, d, i);
+                    panel.o[i * kLanes + lane] += p[(j - from) * kLanes + lane] * x;
                 }
             }
-            panel.o[i * kLanes + lane] = sum;
         }
     }
 }
@@ -133,7 +166,6 @@ inline void visible_values(const Panel<NV>& panel, const typename Dot::Keys& key
 template <class Dot, int NV>
 inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::int64_t from,
                    std::int64_t to, std::int64_t d, float scale, float* s) {
-    constexpr int kLanes = NV * kWidth;
     const bool masked = from < panel.all_first || to > panel.all_last;
     vf top[NV];
     for (int n = 0; n < NV; ++n) {
@@ -141,18 +173,12 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
     }
     Dot::template logits<NV>(keys, from, to, d, scale, panel.q, s, top);
     if (masked) {
+        hide(panel, from, to, kNegInf, s);
         for (int n = 0; n < NV; ++n) {
-            const vi lo = vload(panel.lo + n * kWidth);
-            const vi hi = vload(panel.hi + n * kWidth);
-            vf best = vset(kNegInf);
-            for (std::int64_t j = from; j < to; ++j) {
-                float* row = s + (j - from) * kLanes + n * kWidth;
-                const vf x = vwhere_visible(lo, hi, static_cast<std::int32_t>(j), vload(row),
-                                            vset(kNegInf));
-                vstore(row, x);
-                best = vmax(best, x);
+            top[n] = vset(kNegInf);
+            for (std::int64_t j = 0; j < to - from; ++j) {
+                top[n] = vmax(top[n], vload(s + (j * NV + n) * kWidth));
             }
-            top[n] = best;
         }
     }
     vf alpha[NV];
@@ -166,28 +192,24 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
         sum[n] = vset(0.0F);
     }
     exp_rows<NV>(s, to - from, top, sum);
-    if (masked) {
-        for (int n = 0; n < NV; ++n) {
-            const vi lo = vload(panel.lo + n * kWidth);
-            const vi hi = vload(panel.hi + n * kWidth);
-            vf visible = vset(0.0F);
-            for (std::int64_t j = from; j < to; ++j) {
-                float* row = s + (j - from) * kLanes + n * kWidth;
-                const vf x = vwhere_visible(lo, hi, static_cast<std::int32_t>(j), vload(row),
-                                            vset(0.0F));
-                vstore(row, x);
-                visible = vadd(visible, x);
-            }
-            sum[n] = visible;
-        }
-    }
     for (int n = 0; n < NV; ++n) {
         vstore(panel.l + n * kWidth, vfma(alpha[n], vload(panel.l + n * kWidth), sum[n]));
     }
-    if (!Dot::hidden_values_harmless(keys, from, to, d, masked)) {
-        visible_values<Dot, NV>(panel, keys, from, to, d, s, alpha);
-    } else {
+    if (masked) {
+        // A hidden key has added about 1e-38 to the sum: nothing, beside the 1
+        // of the largest visible key.
+        hide(panel, from, to, 0.0F, s);
+    }
+    bool clean = true;
+    if (masked) {
+        for_each_edge(panel, from, to, [&](std::int64_t j) {
+            clean = clean && Dot::values_finite(keys, j, d);
+        });
+    }
+    if (clean && Dot::ends_clean(keys, from, to, d)) {
         Dot::template values<NV>(keys, from, to, d, s, panel.o, alpha);
+    } else {
+        spoilt_values<Dot, NV>(panel, keys, from, to, d, s, alpha);
     }
 }
 
@@ -344,7 +366,7 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
     unpack_rows<NV>(panel.o, d, staged);
     for (int lane = 0; lane < panel.row_count; ++lane) {
         const Row& row = panel.rows[lane];
-        const bool blind = panel.l[lane] == 0.0F;
+        const bool blind = panel.m[lane] == kNegInf && panel.l[lane] == panel.l[lane];
         float f = blind ? 0.0F : factor[lane];
         float g = blind ? 0.0F : gate[lane];
         if (block.gate == GateShape::kPerRow) {

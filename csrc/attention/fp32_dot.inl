@@ -80,34 +80,21 @@ inline void copy_rows(const T* from, std::int64_t row, std::int64_t col, std::in
     }
 }
 
-inline bool all_finite(const float* x, std::int64_t n) {
-    std::int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) {
-        if (!vall_finite(vload(x + i))) {
-            return false;
-        }
-    }
-    for (; i < n; ++i) {
-        if (x[i] - x[i] != 0.0F) {
-            return false;
-        }
-    }
-    return true;
-}
-
 template <class T>
 inline const T* query(const Row& row) {
     return static_cast<const T*>(row.q);
 }
 
 struct Fp32Dot {
+    using Element = float;
     struct Keys {
         const float* k;           // [key][d]
-        const float* v;           // [key][d]
+        float* v;                 // [key][d]
+        float* spare;             // as large as v
         std::int64_t begin, end;  // keys
     };
 
-    static std::int64_t copy_floats(std::int64_t d) { return 2 * kBlockKeys * d; }
+    static std::int64_t copy_floats(std::int64_t d) { return 3 * kBlockKeys * d; }
 
     template <class T>
     static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end,
@@ -118,7 +105,7 @@ struct Fp32Dot {
                   end - begin, block.width, k);
         copy_rows(static_cast<const T*>(block.v) + begin * block.v_row, block.v_row, block.v_col,
                   end - begin, block.width, v);
-        return {k, v, begin, end};
+        return {k, v, v + (end - begin) * block.width, begin, end};
     }
 
     // The scale is folded into q, in powers of two.
@@ -154,11 +141,25 @@ struct Fp32Dot {
         return keys.v[(j - keys.begin) * d + i];
     }
 
-    static bool hidden_values_harmless(const Keys& keys, std::int64_t from, std::int64_t to,
-                                       std::int64_t d, bool masked) {
-        const float* v = keys.v + (from - keys.begin) * d;
-        return !masked || all_finite(v, (to - from) * d);
+    static std::int64_t value_count(const Keys& keys, std::int64_t d) {
+        return (keys.end - keys.begin) * d;
     }
+
+    static bool values_finite(const Keys& keys, std::int64_t j, std::int64_t d) {
+        const float* v = keys.v + (j - keys.begin) * d;
+        std::int64_t i = 0;
+        bool all = true;
+        for (; i + kWidth <= d; i += kWidth) {
+            all = all && vall_finite(vload(v + i));
+        }
+        for (; i < d; ++i) {
+            all = all && finite(v[i]);
+        }
+        return all;
+    }
+
+    // values() reads no key beside [from, to)
+    static bool ends_clean(const Keys&, std::int64_t, std::int64_t, std::int64_t) { return true; }
 
     template <int NV>
     static void logits(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d,

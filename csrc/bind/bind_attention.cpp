@@ -75,12 +75,12 @@ struct Name {
 #define QS_NAME(x) \
     Name { x ".device", x ".ndim", x ".dtype" }
 
-void expect(const Tensor& x, const Name& name, std::int64_t ndim) {
+void expect(const Tensor& x, const Name& name, std::int64_t ndim, const char* besides = "") {
     if (!x.on_cpu()) {
         refuse(name.device, "another device", "cpu");
     }
     if (x.ndim() != ndim) {
-        raise(invalid(name.ndim, x.ndim(), "", ndim));
+        raise(invalid(name.ndim, x.ndim(), besides, ndim));
     }
 }
 
@@ -172,7 +172,11 @@ void forward(const Call& call, Tensor& out, Tensor* lse, Tensor* importance) {
     }
     if (call.gate) {
         const Tensor& gate = *call.gate;
-        expect(gate, QS_NAME("gate"), gate.ndim() == 3 ? 3 : 4);
+        if (gate.ndim() != 3) {
+            expect(gate, QS_NAME("gate"), 4, "3 or");
+        } else {
+            expect(gate, QS_NAME("gate"), 3);
+        }
         expect_dtype(gate, QS_NAME("gate"), call.q.dtype());
         if (gate.ndim() == 4) {
             args.gate = view<const T, 4>(gate);

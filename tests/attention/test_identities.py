@@ -15,7 +15,7 @@ NEVER = float("-inf")
 def gates(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Importance [h], and the gates [h, b t] that it averages, one call with one token each."""
     (q, k, v), options = case.make()
-    b, h, t, _ = q.shape
+    b, _, t, _ = q.shape
     _, aux = split(sink_attention(q, k, v, **options))
     assert aux is not None
     single = []
@@ -39,7 +39,9 @@ def test_a_sink_of_minus_infinity_has_importance_one(isa: str) -> None:
     (q, k, v), options = Case(queries=45, keys=45).make()
     _, aux = split(sink_attention(q, k, v, **(options | {"sinks": torch.full((2,), NEVER)})))
     assert aux is not None
-    torch.testing.assert_close(aux.importance, torch.ones(2), rtol=tolerances.gate(0.0, 32), atol=0.0)
+    torch.testing.assert_close(
+        aux.importance, torch.ones(2), rtol=tolerances.gate(0.0, 32), atol=0.0
+    )
 
 
 def test_a_sink_is_one_more_key_without_a_value(isa: str) -> None:

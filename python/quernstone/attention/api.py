@@ -105,6 +105,8 @@ def sink_attention(
     Source: "Attention Sink Forges Native MoE in Attention Layers", arXiv 2602.01203: gates and
     importance of section 3; oracle `quernstone.attention.reference.sink_attention`.
     """
+    if causal is not True and causal is not False:
+        raise TypeError(f"causal: got {type(causal).__name__}, expected bool")
     if torch.is_grad_enabled():
         _refuse_gradients(q, k, v, sinks, gate)
     try:
@@ -170,15 +172,18 @@ def _explain(arguments: dict[str, object]) -> None:
             raise ValueError(f"{name}.device: got {x.device}, expected cpu")
         if x.layout != torch.strided:
             raise ValueError(f"{name}.layout: got {x.layout}, expected torch.strided")
-    for name, kind in (
-        ("kind", str),
-        ("causal", bool),
-        ("window", numbers.Integral),
-        ("scale", numbers.Real),
-    ):
-        x = arguments[name]
-        if x is None and name in ("window", "scale"):
-            continue
-        if not isinstance(x, kind):
-            wanted = {"window": "int or None", "scale": "float or None"}.get(name, kind.__name__)
-            raise TypeError(f"{name}: got {type(x).__name__} {x!r}, expected {wanted}")
+    kind, window, scale = (arguments[name] for name in ("kind", "window", "scale"))
+    if not isinstance(kind, str):
+        raise TypeError(f"kind: got {type(kind).__name__} {kind!r}, expected str")
+    if window is not None:
+        if not isinstance(window, numbers.Integral):
+            raise TypeError(f"window: got {type(window).__name__} {window!r}, expected int or None")
+        if not 1 <= window < 2**63:
+            raise ValueError(f"window: got {window}, expected at least 1 and below 2^63")
+    if scale is not None:
+        if not isinstance(scale, numbers.Real):
+            raise TypeError(f"scale: got {type(scale).__name__} {scale!r}, expected float or None")
+        try:
+            float(scale)
+        except OverflowError:
+            raise ValueError("scale: got a number beyond fp64, expected a finite number") from None

@@ -11,32 +11,36 @@ from torch import Tensor
 from quernstone import _config  # noqa: F401  (defines the operators)
 
 
-def _out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _out(q: Tensor, k: Tensor, v: Tensor, others: dict[str, object]) -> Tensor:
     torch._check_value(
         q.ndim == 4 and k.ndim == 4 and v.ndim == 4,
         lambda: f"q, k, v: got {q.ndim}, {k.ndim} and {v.ndim} axes, expected 4 each",
     )
+    for name, x in (("k", k), ("v", v), *others.items()):
+        if isinstance(x, Tensor):
+            torch._check_value(
+                x.device == q.device,
+                lambda name=name, x=x: f"{name}.device: got {x.device}, expected {q.device}",
+            )
     for name, x in (("k", k), ("v", v)):
         torch._check_value(
-            x.device == q.device, lambda: f"{name}.device: got {x.device}, expected {q.device}"
-        )
-        torch._check_value(
-            x.dtype == q.dtype, lambda: f"{name}.dtype: got {x.dtype}, expected {q.dtype}"
+            x.dtype == q.dtype,
+            lambda name=name, x=x: f"{name}.dtype: got {x.dtype}, expected {q.dtype}",
         )
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 @torch.library.register_fake("quernstone::sink_attention")
-def _sink_attention_fake(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
-    return _out(q, k, v)
+def _sink_attention_fake(q: Tensor, k: Tensor, v: Tensor, **others: object) -> Tensor:
+    return _out(q, k, v, others)
 
 
 @torch.library.register_fake("quernstone::sink_attention_aux")
 def _sink_attention_aux_fake(
-    q: Tensor, k: Tensor, v: Tensor, **_: object
+    q: Tensor, k: Tensor, v: Tensor, **others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _out(q, k, v),
+        _out(q, k, v, others),
         q.new_empty(q.shape[:3], dtype=torch.float32),
         q.new_empty(q.shape[1:2], dtype=torch.float32),
     )

@@ -1,0 +1,255 @@
+"""out/report.html: one page that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from quernstone.bench import plots, words
+from quernstone.bench.rows import RivalResult, Row
+from quernstone.bench.run import MACHINE, Results
+
+STYLE = Path(__file__).with_name("report.css")
+
+
+def write(results: Results, path: Path, command: str = "quernstone bench") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(results, command), encoding="utf-8")
+
+
+def page(results: Results, command: str = "quernstone bench") -> str:
+    """The whole page; `command` is what to run for the same figures."""
+    names = dict.fromkeys(row.vertical for row in results.rows if row.vertical != MACHINE)
+    machine_rows = [row for row in results.rows if row.vertical == MACHINE]
+    body = "".join(_vertical(name, results, machine_rows) for name in names)
+    if machine_rows:
+        body += _machine(machine_rows)
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>quernstone, measured</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
+        f"</head><body>{_top(results, today)}<main>{body}{_environment(results, command)}</main>"
+        f"<footer>Written by <code>{escape(command)}</code> on {today}.</footer></body></html>\n"
+    )
+
+
+def _top(results: Results, today: str) -> str:
+    verdicts = [verdict for row in results.rows for verdict in row.target]
+    met = sum(verdict["met"] for verdict in verdicts)
+    measured = sum(row.ours is not None for row in results.rows)
+    stats = [(str(measured), f"of {len(results.rows)} rows measured")]
+    if verdicts:
+        stats.append((f"{met} of {len(verdicts)}", "promises met in this run"))
+    stats.append((str(results.machine.get("isa", "–")), "instruction set in use"))
+    stats.append((str(results.machine.get("cores", "–")), "cores"))
+    cpu = escape(str(results.machine.get("cpu", "this machine")))
+    return (
+        '<header class="top"><p class="kicker">quernstone</p>'
+        f"<h1>Measured on {cpu}</h1>"
+        '<p class="lede">Every result was compared with the reference before it was timed. '
+        "Rivals ran on the same inputs in alternating rounds of the same run; a limit is what "
+        "the machine itself reached in those rounds. Figures are medians.</p>"
+        f"{_stats(stats)}</header>"
+    )
+
+
+def _stats(stats: Iterable[tuple[str, str]]) -> str:
+    cells = "".join(f"<div><b>{escape(b)}</b><span>{escape(s)}</span></div>" for b, s in stats)
+    return f'<div class="stats">{cells}</div>'
+
+
+def _vertical(name: str, results: Results, machine_rows: Sequence[Row]) -> str:
+    rows = [row for row in results.rows if row.vertical == name]
+    figures = [
+        (plots.ratios(rows), "Beside the rivals", "One dot a row, each paired round by round."),
+        (
+            plots.roofline(rows, machine_rows),
+            "Below the machine's limits",
+            "Circles are fp32, diamonds bf16; solid lines arithmetic, dashed lines memory.",
+        ),
+    ]
+    drawn = [
+        _figure(plots.svg(figure, f"{name}{index}"), title, caption)
+        for index, (figure, title, caption) in enumerate(figures)
+        if figure is not None
+    ]
+    drawn += [
+        _figure(svg, title, caption, "wide")
+        for title, svg, caption in (p[1:] for p in results.panels if p[0] == name)
+    ]
+    sections: dict[str, list[Row]] = {}
+    for row in rows:
+        sections.setdefault(row.id.split(".")[1], []).append(row)
+    tables = "".join(
+        f"<h3>{escape(title.capitalize())}</h3>{''.join(map(_row, group))}"
+        for title, group in sections.items()
+    )
+    return (
+        f'<section id="{escape(name)}"><p class="kicker">{escape(name)}</p>'
+        f"<h2>{escape(headline(rows))}</h2>{_stats(_ranges(rows))}"
+        f'<div class="figures">{"".join(drawn)}</div>{tables}{_promises(rows)}</section>'
+    )
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """One sentence: how much faster than whom, how near the limit, how many promises."""
+    parts = []
+    best: dict[str, list[float]] = {}
+    for row in rows:
+        for name, rival in row.rivals.items():
+            if rival.ratio is not None and rival.ratio_p20 is not None:
+                best.setdefault(name, []).append(rival.ratio)
+    if best:
+        name = max(best, key=lambda key: max(best[key]))
+        parts.append(f"up to {words.ratio(max(best[name]))} the speed of {name}")
+    shares = [row.percent_of_limit for row in rows if row.percent_of_limit is not None]
+    if shares:
+        parts.append(f"up to {words.percent(max(shares))} of what the machine can do")
+    judged = [row for row in rows if row.met is not None]
+    missed = sum(row.met is False for row in judged)
+    if judged:
+        parts.append(f"{missed} of {len(judged)} promises open" if missed else "all promises met")
+    if not parts:
+        return f"{len(rows)} rows"
+    sentence = ", ".join(parts)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def _ranges(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, rival in row.rivals.items():
+            if rival.ratio is not None and rival.ratio_p20 is not None:
+                found.setdefault(f"times {name}", []).append(rival.ratio)
+        if row.limit is not None and row.percent_of_limit is not None:
+            found.setdefault(f"% of {row.limit.name}", []).append(row.percent_of_limit)
+    ranges = []
+    for name, values in found.items():
+        digits = 0 if name.startswith("%") else 1
+        low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+        unit = "" if digits == 0 else "×"
+        ranges.append((f"{low}{unit}" if low == high else f"{low}–{high}{unit}", name))
+    return ranges
+
+
+def _figure(svg: str, title: str, caption: str, kind: str = "") -> str:
+    return (
+        f'<figure class="{kind}">{svg}<figcaption><b>{escape(title)}.</b> {escape(caption)}'
+        "</figcaption></figure>"
+    )
+
+
+def _row(row: Row) -> str:
+    spread = ""
+    if row.ours is not None and row.p20 != row.p80:
+        spread = f"<small>{words.number(row.p20)}–{words.number(row.p80)}</small>"
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in row.notes)
+    if row.error is not None:
+        notes += f'<p class="note">error {words.number(row.error)}</p>'
+    if row.kind != "measured":
+        notes += f'<p class="note">{escape(row.kind)}, not timed</p>'
+    return (
+        f'<div class="row" data-row="{escape(row.id)}"><div>{escape(row.what or row.id)}'
+        f'<span class="id">{escape(row.id)}</span>{notes}</div>'
+        f'<div class="value">{escape(words.figure(row.ours, row.unit))}{spread}</div>'
+        f'<div class="bars">{_bars(row)}</div><div class="badges">{_badges(row)}</div></div>'
+    )
+
+
+def _bars(row: Row) -> str:
+    shown = {name: rival for name, rival in row.rivals.items() if rival.median is not None}
+    top = max([row.p80 or 0.0, *(r.p80 or r.median or 0.0 for r in shown.values())])
+    parts = []
+    if shown and row.ours is not None and top > 0:
+        mine = RivalResult(median=row.ours, p20=row.p20, p80=row.p80)
+        parts.append(_bar("ours", mine, row, top, "bar ours"))
+        parts += [_bar(name, rival, row, top, "bar") for name, rival in shown.items()]
+    if row.limit is not None and row.percent_of_limit is not None:
+        share = min(100.0, row.percent_of_limit)
+        rate = f"{words.number(row.limit.value)} {row.limit.unit}"
+        parts.append(
+            f'<div class="bar limit" title="{escape(row.limit.name)}: {rate}">'
+            f'<span class="name">{escape(row.limit.name)}</span><span class="track">'
+            f'<span class="fill" style="width:{share:.1f}%"></span></span>'
+            f'<span class="ratio"><b>{words.percent(row.percent_of_limit)}</b> of {rate}</span>'
+            "</div>"
+        )
+    parts += [
+        f'<p class="note">{escape(name)}: {escape(rival.absent)}</p>'
+        for name, rival in row.rivals.items()
+        if rival.absent
+    ]
+    return "".join(parts)
+
+
+def _bar(name: str, rival: RivalResult, row: Row, top: float, kind: str) -> str:
+    assert rival.median is not None
+    width = 100 * rival.median / top
+    spread = ""
+    if rival.p20 is not None and rival.p80 is not None:
+        left, reach = 100 * rival.p20 / top, 100 * (rival.p80 - rival.p20) / top
+        spread = f'<span class="spread" style="left:{left:.1f}%;width:{reach:.1f}%"></span>'
+    tail = escape(words.figure(rival.median, row.unit))
+    if rival.ratio is not None:
+        tail += f" <b>{words.ratio(rival.ratio)}</b>"
+    return (
+        f'<div class="{kind}"><span class="name">{escape(name)}</span><span class="track">'
+        f'<span class="fill" style="width:{width:.1f}%"></span>{spread}</span>'
+        f'<span class="ratio">{tail}</span></div>'
+    )
+
+
+def _badges(row: Row) -> str:
+    badges = []
+    for verdict in row.target:
+        kind = "met" if verdict["met"] else "open" if verdict["got"] is None else "missed"
+        measure = verdict["measure"]
+        unit = " %" if measure == "percent_of_limit" else "×" if "ratio" in measure else ""
+        sign = {"<=": "≤", ">=": "≥"}.get(verdict["comparison"], verdict["comparison"])
+        text = {"met": "met", "open": "not measured", "missed": "missed"}[kind]
+        badges.append(
+            f'<span class="badge {kind}" title="{escape(verdict["words"])}">'
+            f"{sign} {verdict['value']:g}{unit} {text}</span>"
+        )
+    return "".join(badges)
+
+
+def _promises(rows: Sequence[Row]) -> str:
+    lines = [
+        f'<tr><td class="id">{escape(row.id)}</td><td>{escape(verdict["words"])}</td>'
+        f"<td>{escape(words.verdict(verdict))}</td></tr>"
+        for row in rows
+        for verdict in row.target
+    ]
+    if not lines:
+        return ""
+    return (
+        f"<details><summary>Promises, word by word ({len(lines)})</summary>"
+        f"<table><tbody>{''.join(lines)}</tbody></table></details>"
+    )
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    return (
+        '<section id="machine"><p class="kicker">machine</p><h2>What this machine can do</h2>'
+        f"<div style='margin-top:24px'>{''.join(map(_row, rows))}</div></section>"
+    )
+
+
+def _environment(results: Results, command: str) -> str:
+    about = results.machine
+    build = ", ".join(f"{key} {value}" for key, value in about.get("build", {}).items() if value)
+    entries = {
+        "CPU": f"{about.get('cpu', '–')}, {about.get('cores', '–')} cores",
+        "Instruction set": f"{about.get('isa', '–')} of {', '.join(about.get('isas', [])) or '–'}",
+        "Memory": f"{about.get('memory_gb', '–')} GB",
+        "System": f"{about.get('system', '–')}, Python {about.get('python', '–')}",
+        "Build": build or "–",
+        "Versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()),
+        "Command": command,
+    }
+    pairs = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in entries.items())
+    return f'<div class="environment"><p class="kicker">environment</p><dl>{pairs}</dl></div>'
