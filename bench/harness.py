@@ -7,6 +7,7 @@ beside rivals and a limit), `relative` (a paired ratio of two calls) or `value` 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -136,7 +137,10 @@ class Pace:
 
 FULL = Pace(seconds=15.0, least=5, most=41)
 QUICK = Pace(seconds=2.5, least=3, most=15)
-TOO_SLOW_FOR_QUICK = 2.0
+# A first call this long is no worse a guide to the number of rounds than a second one.
+WARM_ENOUGH = 1.0
+# Seconds a call that the quick form waits for a rival.
+PATIENCE = 2.0
 # A paired ratio that is to be known within a fraction of a percent needs many rounds.
 FULL_PAIRED = Pace(seconds=45.0, least=40, most=400)
 QUICK_PAIRED = Pace(seconds=6.0, least=20, most=100)
@@ -168,6 +172,7 @@ class Measure:
         calls: int = 1,
         notes: Iterable[str] = (),
         pace: Pace | None = None,
+        patience: float = PATIENCE,
     ) -> Row:
         """Times `ours` and the rivals on the same inputs.
 
@@ -175,6 +180,7 @@ class Measure:
             work: operations (of the limit's kind) in one call, for rate and % of limit.
             moved: bytes that one call has to read and write at least, for the roofline.
             calls: how often a round repeats a call that is too short to be timed alone.
+            patience: seconds a call above which the quick form leaves a rival out.
         """
         row = self._begin(what, unit, notes)
         if work is not None:
@@ -184,7 +190,7 @@ class Measure:
         seconds = self._verify(ours, check)
         peers: dict[str, Run] = {}
         for rival in rivals:
-            rival_seconds = self._admit(rival)
+            rival_seconds = self._admit(rival, patience)
             if isinstance(rival, Rival) and rival_seconds is not None:
                 peers[rival.name] = _repeat(rival.run, calls)
                 seconds += rival_seconds
@@ -283,22 +289,28 @@ class Measure:
         return self.row
 
     def _verify(self, ours: Run, check: Check) -> float:
-        self.row.error = check.error(ours())
+        start = time.perf_counter()
+        result = ours()
+        first = time.perf_counter() - start
+        self.row.error = check.error(result)
         if not self.row.error <= check.tolerance:
             raise WrongResult(
                 f"{self.row.id}: error {self.row.error:.3g}, expected at most {check.tolerance:.3g}"
             )
-        return warm_seconds(ours)
+        return warm_seconds(ours, first)
 
-    def _admit(self, rival: Rival | Absent) -> float | None:
+    def _admit(self, rival: Rival | Absent, patience: float = math.inf) -> float | None:
         """Seconds of a call of a rival that is right, else None and a word in the row."""
         result = self.row.rivals[rival.name] = RivalResult()
         if isinstance(rival, Absent):
             result.absent = rival.why
             return None
         self.row.versions.update(rival.versions)
+        start = time.perf_counter()
         try:
-            result.error = rival.check.error(rival.run())
+            outcome = rival.run()
+            first = time.perf_counter() - start
+            result.error = rival.check.error(outcome)
         except Exception as error:
             # A rival may raise anything; it is reported in the row, not hidden.
             result.absent = f"not timed: {type(error).__name__}: {error}"[:300]
@@ -308,8 +320,8 @@ class Measure:
                 f"not timed: its error {result.error:.3g} is above {rival.check.tolerance:.3g}"
             )
             return None
-        seconds = warm_seconds(rival.run)
-        if self.quick and seconds > TOO_SLOW_FOR_QUICK:
+        seconds = warm_seconds(rival.run, first)
+        if self.quick and seconds > patience:
             result.absent = f"left out of the quick form: {seconds:.1f} s a call"
             return None
         return seconds
@@ -347,7 +359,10 @@ def _repeat(run: Run, calls: int) -> Run:
     return loop
 
 
-def warm_seconds(run: Run) -> float:
+def warm_seconds(run: Run, first: float = 0.0) -> float:
+    """Seconds of a second call, or of the first where that was long enough to tell."""
+    if first > WARM_ENOUGH:
+        return first
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -28,11 +28,3 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_isa(request.param)
     yield request.param
     _core.set_isa(before)
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[None]:
-    """Restores the number of torch's threads after a test that changes it."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

@@ -16,7 +16,7 @@ using shim::Boxed;
 using shim::Tensor;
 
 #define QS_ATTENTION_ARGUMENTS                                                       \
-    "(Tensor q, Tensor k, Tensor v, *, str kind=\"sink\", Tensor? sinks=None, "      \
+    "(Tensor q, Tensor k, Tensor v, str kind=\"sink\", Tensor? sinks=None, "      \
     "Tensor? gate=None, bool causal=True, int? window=None, float? scale=None, "     \
     "Tensor? key_start=None, Tensor? key_lengths=None"
 

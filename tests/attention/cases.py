@@ -108,26 +108,15 @@ def check_call(
     q: Tensor, k: Tensor, v: Tensor, *, logit_sd: float = 1.0, label: str = "", **options: Any
 ) -> tuple[Tensor, Aux | None]:
     """Asserts that one call gives the reference's result, and returns ours."""
-    return _compare(q, k, v, _reference(q, k, v, options), logit_sd, label, options)
+    wanted = split(reference.sink_attention(q, k, v, **options))
+    return _compare(q, k, v, wanted, logit_sd, label, options)
 
 
 @lru_cache(maxsize=4096)
 def _wanted(case: Case, seed: int) -> tuple[Tensor, Aux | None]:
     """The reference's result, computed once for all instruction sets."""
     tensors, options = case.make(seed)
-    return _reference(*tensors, options)
-
-
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, Aux | None]:
-    # On tensors as small as these a second thread costs more than it gives.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return split(reference.sink_attention(q, k, v, **options))
-    finally:
-        torch.set_num_threads(threads)
+    return split(reference.sink_attention(*tensors, **options))
 
 
 def _compare(

@@ -62,7 +62,7 @@ def test_sinks_may_be_fp32_beside_bf16_keys(isa: str, dtype: torch.dtype) -> Non
     check_call(q, k, v, **(options | {"sinks": options["sinks"].to(dtype)}))
 
 
-def test_the_number_of_threads_does_not_change_a_bit(isa: str, torch_threads: None) -> None:
+def test_the_number_of_threads_does_not_change_a_bit(isa: str) -> None:
     for case in PAIRS[::3]:
         torch.set_num_threads(1)
         out, aux = run(case)

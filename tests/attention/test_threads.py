@@ -28,7 +28,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_follows_the_number_of_threads_of_torch(threads: int, torch_threads: None) -> None:
+def test_follows_the_number_of_threads_of_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     assert _core.num_threads() == threads
 
@@ -44,9 +44,7 @@ def test_starts_no_thread_that_torch_would_not(threads: int, warm: bool, started
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_calls_from_several_threads_do_not_disturb_each_other(
-    isa: str, kind: str, torch_threads: None
-) -> None:
+def test_calls_from_several_threads_do_not_disturb_each_other(isa: str, kind: str) -> None:
     cases = [Case(kind=kind, ratio=2, queries=97 + i, keys=150 + i, width=64) for i in range(4)]
     alone = [run(case) for case in cases]
     differing: list[str] = []
@@ -70,8 +68,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other(
     assert not differing
 
 
-def test_other_python_threads_run_during_a_call(torch_threads: None) -> None:
-    torch.set_num_threads(1)
+def test_other_python_threads_run_during_a_call() -> None:
     (q, k, v), options = Case(batch=1, ratio=4, queries=1500, keys=1500, width=64).make()
     count = 0
     counting, done = threading.Event(), threading.Event()

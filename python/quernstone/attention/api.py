@@ -110,36 +110,16 @@ def sink_attention(
     if torch.is_grad_enabled():
         _refuse_gradients(q, k, v, sinks, gate)
     try:
+        # By position: torch parses keywords more slowly than a short kernel runs.
         if return_aux:
             out, lse, importance = torch_op.sink_attention_aux(
-                q,
-                k,
-                v,
-                kind=kind,
-                sinks=sinks,
-                gate=gate,
-                causal=causal,
-                window=window,
-                scale=scale,
-                key_start=key_start,
-                key_lengths=key_lengths,
-                token_mask=token_mask,
+                q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, token_mask
             )
             return out, Aux(lse, importance)
         if token_mask is not None:
             raise ValueError("token_mask: got a tensor, expected None unless return_aux is true")
         return torch_op.sink_attention(
-            q,
-            k,
-            v,
-            kind=kind,
-            sinks=sinks,
-            gate=gate,
-            causal=causal,
-            window=window,
-            scale=scale,
-            key_start=key_start,
-            key_lengths=key_lengths,
+            q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths
         )
     except (RuntimeError, NotImplementedError):
         # torch's dispatcher refuses wrong types and devices in its own words.

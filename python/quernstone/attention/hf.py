@@ -107,7 +107,8 @@ def attention_forward(
     if dropout > 0.0:
         refuse(f"dropout (got {dropout})", "call model.eval() or set the rate to 0")
     for name, what in _UNSUPPORTED.items():
-        if kwargs.get(name) not in (None, False):
+        given = kwargs.get(name)
+        if given is not None and given is not False:
             refuse(what)
     if s_aux is not None and gate is not None:
         refuse("sinks and a gate in one layer")
