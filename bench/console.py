@@ -30,7 +30,7 @@ def following(console: Console) -> Iterator[Events]:
     task = bar.add_task("collecting", total=None)
 
     def finished(row: Row) -> None:
-        console.print(_line(row))
+        console.print(_line(row), soft_wrap=True)
         bar.advance(task)
 
     # Rows are timed while this is on the screen: a redraw must not steal their cores.

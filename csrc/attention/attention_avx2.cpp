@@ -93,7 +93,7 @@ inline void vstore_bf16(std::uint16_t* p, vf x) {
 
 }  // namespace
 
-const Kernels kF32 = make_kernels<Fp32Dot, float>();
-const Kernels kBf16 = make_kernels<Fp32Dot, std::uint16_t>();
+const Kernels kF32 = make_kernels<Fp32Dot<float>, float>();
+const Kernels kBf16 = make_kernels<Fp32Dot<std::uint16_t>, std::uint16_t>();
 
 }  // namespace quernstone::attention::avx2

@@ -13,7 +13,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kF32 = make_kernels<Fp32Dot, float>();
-const Kernels kBf16 = make_kernels<Fp32Dot, std::uint16_t>();
+const Kernels kF32 = make_kernels<Fp32Dot<float>, float>();
+const Kernels kBf16 = make_kernels<Fp32Dot<std::uint16_t>, std::uint16_t>();
 
 }  // namespace quernstone::attention::avx512

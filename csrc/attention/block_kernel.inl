@@ -10,7 +10,7 @@
 constexpr float kLog2e = 1.44269504088896340736F;
 constexpr float kLn2 = 0.693147180559945309417F;
 constexpr float kNegInf = -__builtin_inff();
-constexpr std::int64_t kBlockKeys = 96;  // keys a block; a multiple of every tile height
+constexpr std::int64_t kBlockKeys = 144;  // keys a block; a multiple of every tile height
 
 template <class T>
 struct Stored;

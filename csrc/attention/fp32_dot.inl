@@ -24,16 +24,23 @@ inline void dot(vf (&acc)[R][NV], const float* a, std::int64_t a_row, std::int64
 }
 
 // A sum of n terms loses digits in proportion to the square root of its chain:
-// logits are added up in chunks.
-constexpr std::int64_t chunk(std::int64_t d) { return d <= 64 ? 32 : 64; }
+// logits of fp32 inputs are added up in chunks. Those of bf16 inputs need not be.
+template <class T>
+constexpr std::int64_t chunk(std::int64_t d) {
+    if (sizeof(T) < sizeof(float)) {
+        return d;
+    }
+    return d <= 64 ? 32 : 64;
+}
 
 // s[r] = k[r] . q for R keys; top: the largest of them so far
 template <int R, int NV>
-inline void logit_tile(const float* k, std::int64_t d, const float* q, float* s, vf* top) {
-    for (std::int64_t i = 0; i < d; i += chunk(d)) {
+inline void logit_tile(const float* k, std::int64_t d, std::int64_t chunk, const float* q, float* s,
+                       vf* top) {
+    for (std::int64_t i = 0; i < d; i += chunk) {
         vf acc[R][NV] = {};
-        dot(acc, k + i, d, 1, q + i * NV * kWidth, d - i < chunk(d) ? d - i : chunk(d));
-        const bool last = i + chunk(d) >= d;
+        dot(acc, k + i, d, 1, q + i * NV * kWidth, d - i < chunk ? d - i : chunk);
+        const bool last = i + chunk >= d;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -85,6 +92,7 @@ inline const T* query(const Row& row) {
     return static_cast<const T*>(row.q);
 }
 
+template <class Input>  // float or bf16, as it lies in memory
 struct Fp32Dot {
     using Element = float;
     struct Keys {
@@ -168,7 +176,7 @@ struct Fp32Dot {
         for (std::int64_t left = to - from; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
             with_height<kTileRows<NV>>(n, [&]<int R>() {
-                logit_tile<R, NV>(k, d, q, s, top);
+                logit_tile<R, NV>(k, d, chunk<Input>(d), q, s, top);
             });
             k += n * d;
             s += n * NV * kWidth;
