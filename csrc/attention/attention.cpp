@@ -187,7 +187,12 @@ class Forward {
         }
         std::atomic<bool> starved{false};
         parallel_for(tasks, threads_, [&](std::int64_t i) noexcept {
-            if (!run_block(i % (e_.b * e_.g), blocks_ - 1 - i / (e_.b * e_.g))) {
+            // Causal blocks get shorter towards the first: longest first. Windows are
+            // all alike, and neighbours share keys: one after the other.
+            const std::int64_t heads = e_.b * e_.g;
+            const bool done = a_.window > 0 ? run_block(i / blocks_, i % blocks_)
+                                            : run_block(i % heads, blocks_ - 1 - i / heads);
+            if (!done) {
                 starved.store(true, std::memory_order_relaxed);
             }
         });

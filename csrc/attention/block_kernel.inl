@@ -426,6 +426,9 @@ void run(const Block& block, std::byte* scratch) {
     float* staged = take(kLanes * d);
     float* panel_floats = take(count * (2 * d + 4) * kLanes);
     auto* panels = reinterpret_cast<Panel<NV>*>(next);
+    const std::int64_t begin = block.rows[0].lo;
+    const std::int64_t end = block.rows[block.row_count - 1].hi;
+    prefetch_rows<T>(block, begin, begin + kBlockKeys < end ? begin + kBlockKeys : end, 0, 1);
     for (std::int64_t i = 0; i < count; ++i) {
         Panel<NV>& panel = panels[i];
         float* base = panel_floats + i * (2 * d + 4) * kLanes;
@@ -441,8 +444,6 @@ void run(const Block& block, std::byte* scratch) {
     }
     const float scale = block.scale * kLog2e;
     // The grid of key blocks is the same for every row of every call.
-    const std::int64_t begin = panels[0].first;
-    const std::int64_t end = panels[count - 1].last;
     for (std::int64_t grid = begin / kBlockKeys * kBlockKeys; grid < end; grid += kBlockKeys) {
         const std::int64_t from = grid < begin ? begin : grid;
         const std::int64_t to = grid + kBlockKeys < end ? grid + kBlockKeys : end;

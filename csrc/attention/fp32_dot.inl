@@ -121,6 +121,11 @@ struct Fp32Dot {
     static void load_queries(const Block& block, const Row* rows, int n, float* q) {
         constexpr int kLanes = NV * kWidth;
         const float scale = block.scale * kLog2e;
+        for (int lane = 0; lane < n; ++lane) {
+            for (std::int64_t i = 0; i < block.width; i += 64 / std::int64_t{sizeof(T)}) {
+                __builtin_prefetch(query<T>(rows[lane]) + i * block.q_col);
+            }
+        }
         for (int base = 0; base < kLanes; base += kWidth) {
             std::int64_t i = 0;
             for (; block.q_col == 1 && i + kWidth <= block.width; i += kWidth) {
@@ -155,11 +160,13 @@ struct Fp32Dot {
 
     static bool values_finite(const Keys& keys, std::int64_t j, std::int64_t d) {
         const float* v = keys.v + (j - keys.begin) * d;
+        vf poison = vset(0.0F);  // x - x is 0, or NaN for NaN and infinities
         std::int64_t i = 0;
-        bool all = true;
         for (; i + kWidth <= d; i += kWidth) {
-            all = all && vall_finite(vload(v + i));
+            const vf x = vload(v + i);
+            poison = vadd(poison, vsub(x, x));
         }
+        bool all = vall_finite(poison);
         for (; i < d; ++i) {
             all = all && finite(v[i]);
         }
