@@ -237,8 +237,12 @@ class Forward {
         Row rows[kRowsPerBlock];
         float gates[kRowsPerBlock];
         const Visibility<T> visible(a_, e_, b);
+        std::int64_t t = begin / group_;
+        std::int64_t head = begin % group_;
         for (std::int64_t r = 0; r < count; ++r) {
-            rows[r] = row(b, g, begin + r, visible);
+            rows[r] = row(b, g * group_ + head, t, visible);
+            head = head + 1 == group_ ? 0 : head + 1;
+            t += head == 0 ? 1 : 0;
         }
         Block block{};
         block.rows = rows;
@@ -262,20 +266,21 @@ class Forward {
                               : -1;
         kernel_.run(block, scratch);
         if (a_.importance.present()) {
+            t = begin / group_;
+            head = begin % group_;
             for (std::int64_t r = 0; r < count; ++r) {
-                const std::int64_t index = begin + r;
-                if (counts(b, index / group_, rows[r])) {
-                    share(bg, index / kStrip, index % group_) += static_cast<double>(gates[r]);
+                if (counts(b, t, rows[r])) {
+                    share(bg, (begin + r) / kStrip, head) += static_cast<double>(gates[r]);
                 }
+                head = head + 1 == group_ ? 0 : head + 1;
+                t += head == 0 ? 1 : 0;
             }
         }
         return true;
     }
 
-    [[nodiscard]] Row row(std::int64_t b, std::int64_t g, std::int64_t index,
+    [[nodiscard]] Row row(std::int64_t b, std::int64_t h, std::int64_t t,
                           const Visibility<T>& visible) const noexcept {
-        const std::int64_t t = index / group_;
-        const std::int64_t h = g * group_ + index % group_;
         const Range range = visible.of(t);
         Row r{};
         r.q = a_.q.at(b, h, t, 0);

@@ -324,6 +324,14 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
     constexpr int kLanes = NV * kWidth;
     const std::int64_t d = block.width;
     const float scale = block.scale * kLog2e;
+    if (block.gate == GateShape::kPerElement) {
+        for (int lane = 0; lane < panel.row_count; ++lane) {
+            const T* gate = static_cast<const T*>(panel.rows[lane].gate);
+            for (std::int64_t i = 0; i < d; i += 64 / std::int64_t{sizeof(T)}) {
+                __builtin_prefetch(gate + i * block.gate_col);
+            }
+        }
+    }
     alignas(64) float sink[kLanes];
     alignas(64) float factor[kLanes];
     alignas(64) float gate[kLanes];
