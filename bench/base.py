@@ -49,7 +49,7 @@ def compare(ref: str, arguments: Sequence[str], start: Path | None = None) -> st
         _measure(now, arguments, None)
         command = [sys.executable, "-m", "pytest_benchmark", "compare", str(base), str(now)]
         command += ["--group-by=name", "--name=short", "--columns=median,iqr,rounds"]
-        return _run(command, "compare").stdout
+        return _run(command, "compare").stdout.partition("Legend:")[0].rstrip()
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def _run(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One side of the comparison: `JSON [--quick] [--targets] [VERTICAL...]`."""
+    """One side of the comparison: `JSON [--quick] [--targets] [--only=ID] [VERTICAL...]`."""
     import quernstone
     from quernstone.bench.plugin import Selection
     from quernstone.bench.run import files, run
@@ -109,7 +109,8 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit("this environment imports its own quernstone before the base")
     path, *rest = arguments
     names = [word for word in rest if not word.startswith("--")]
-    selection = Selection(quick="--quick" in rest, targets_only="--targets" in rest)
+    only = tuple(word.removeprefix("--only=") for word in rest if word.startswith("--only="))
+    selection = Selection("--quick" in rest, "--targets" in rest, only)
     run(files(names), selection, json_path=Path(path))
 
 

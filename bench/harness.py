@@ -91,11 +91,11 @@ class Rounds:
     another peer: nobody owns the warm cache or the first slot of a boost clock.
     """
 
-    def __init__(self, peers: dict[str, Run], clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, peers: dict[str, Run]):
         self.times: dict[str, list[float]] = {name: [] for name in peers}
         self._peers = peers
-        self._clock = clock
         self._index = 0
+        self._turn = 0
         self._owed = False
 
     def before(self) -> None:
@@ -114,12 +114,13 @@ class Rounds:
 
     def _time_peers(self) -> None:
         names = list(self._peers)
-        turn = self._index % max(1, len(names))
+        turn = self._turn % max(1, len(names))
+        self._turn += 1
         for name in names[turn:] + names[:turn]:
             run = self._peers[name]
-            start = self._clock()
+            start = time.perf_counter()
             run()
-            self.times[name].append(self._clock() - start)
+            self.times[name].append(time.perf_counter() - start)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from quernstone.bench import words
 from quernstone.bench.rows import Row
@@ -18,7 +19,6 @@ INK, SOFT, LINE, OURS = "#20242a", "#626872", "#e0e2df", "#0f6b6b"
 THREADS = {1: "#d08a1d", 2: OURS}
 STYLE: Any = {
     "svg.fonttype": "none",
-    "font.family": ["Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "sans-serif"],
     "font.size": 9.5,
     "axes.edgecolor": LINE,
     "axes.labelcolor": SOFT,
@@ -38,9 +38,14 @@ def svg(figure: Any, name: str) -> str:
     out = io.StringIO()
     quiet: Any = {"svg.hashsalt": name, "svg.fonttype": "none"}
     with rc_context(quiet):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = out.getvalue()
     text = text[text.index("<svg") :]
+    # Text takes the page's font; matplotlib has laid it out with its own, which is wider.
+    text = re.sub(r"font: (?:[a-z]+ )?([\d.]+px) [^;\"]+", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]+;? ?", "", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
@@ -121,6 +126,10 @@ def roofline(rows: Sequence[Row], machine_rows: Sequence[Row]) -> Figure | None:
         axis.set_yscale("log")
         axis.set_xlim(left, right)
         axis.set_ylim(min(rates) / 6, max(rates) * 1.9)
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
+            one.set_minor_formatter(NullFormatter())
+        axis.tick_params(which="minor", length=0)
         axis.grid(color=LINE, linewidth=0.6, which="major")
         axis.set_axisbelow(True)
         axis.set_xlabel("useful operations per byte of inputs and output")

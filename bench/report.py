@@ -123,14 +123,14 @@ def _ranges(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for row in rows:
         for name, rival in row.rivals.items():
             if rival.ratio is not None and rival.ratio_p20 is not None:
-                found.setdefault(f"times {name}", []).append(rival.ratio)
+                found.setdefault(f"the speed of {name}", []).append(rival.ratio)
         if row.limit is not None and row.percent_of_limit is not None:
-            found.setdefault(f"% of {row.limit.name}", []).append(row.percent_of_limit)
+            found.setdefault(f"of {row.limit.name}", []).append(row.percent_of_limit)
     ranges = []
     for name, values in found.items():
-        digits = 0 if name.startswith("%") else 1
+        digits = 0 if name.startswith("of ") else 1
         low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-        unit = "" if digits == 0 else "×"
+        unit = " %" if digits == 0 else "×"
         ranges.append((f"{low}{unit}" if low == high else f"{low}–{high}{unit}", name))
     return ranges
 

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def run(
     bench_files: Sequence[Path],
     selection: Selection,
     *,
-    targets_path: Path = contract.PATH,
+    targets_path: Path | None = None,
     events: Events | None = None,
     json_path: Path | None = None,
 ) -> Results:
@@ -93,7 +93,7 @@ def run(
     if json_path is not None:
         arguments.append(f"--benchmark-json={json_path}")
     log = io.StringIO()
-    with _quiet(log), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with _quiet(), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         status = pytest.main(arguments, plugins=[collector])
     if status == pytest.ExitCode.USAGE_ERROR:
         raise ValueError(_usage_error(log.getvalue()))
@@ -108,7 +108,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _quiet(log: io.StringIO) -> Any:
+def _quiet() -> Iterator[None]:
     """Keeps progress bars and chatter of other libraries off the terminal."""
     calm = {
         "TRANSFORMERS_VERBOSITY": "error",
@@ -120,6 +120,8 @@ def _quiet(log: io.StringIO) -> Any:
     os.environ.update({name: value for name, value in calm.items() if saved[name] is None})
     try:
         with warnings.catch_warnings():
+            # A warning of a rival is for the log, even in a process that makes warnings errors.
+            warnings.simplefilter("default")
             yield
     finally:
         for name, value in saved.items():

@@ -69,9 +69,9 @@ class BadTargets(ValueError):
     """targets.toml says something that cannot be measured."""
 
 
-def load(path: Path = PATH) -> list[Target]:
+def load(path: Path | None = None) -> list[Target]:
     """Reads `[[target]]` tables; `ids` names every row that the same line holds for."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8")).get("target", [])
+    tables = tomllib.loads((path or PATH).read_text(encoding="utf-8")).get("target", [])
     targets: list[Target] = []
     for table in tables:
         table = dict(table)

@@ -19,6 +19,7 @@ namespace {
 constexpr std::int64_t kRowsPerBlock = 256;
 constexpr std::int64_t kStrip = 32;  // blocks are whole strips
 constexpr std::int64_t kMaxKeys = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kNoWindow = 4 * kMaxKeys;  // beyond every position, far from overflow
 constexpr float kNoSink = -std::numeric_limits<float>::infinity();
 
 thread_local double last_seconds = 0.0;
@@ -139,7 +140,7 @@ class Visibility {
         : start_(a.key_start.present() ? *a.key_start.at(b) : 0),
           length_(a.key_lengths.present() ? *a.key_lengths.at(b) : e.s),
           offset_(e.s - e.t),
-          window_(a.window == 0 ? std::numeric_limits<std::int64_t>::max() / 4 : a.window),
+          window_(a.window == 0 ? kNoWindow : std::min(a.window, kNoWindow)),
           causal_(a.causal) {}
 
     [[nodiscard]] Range of(std::int64_t t) const noexcept {

@@ -240,7 +240,9 @@ def _head_table(report: Any) -> Any:
 
 def _compare(console: Any, ref: str, words: list[str]) -> None:
     from quernstone.bench.base import BaseFailed, compare
+    from quernstone.bench.record import checkout
 
+    checkout()
     console.print(f"building {ref}, then measuring it and this version", style="dim")
     try:
         console.print(compare(ref, words), markup=False, highlight=False, soft_wrap=True)

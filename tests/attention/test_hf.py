@@ -146,13 +146,18 @@ def test_bidirectional_window_equals_eager() -> None:
     assert_close(run(model, "quernstone", **inputs), run(model, "eager", **inputs), mask)
 
 
-def test_a_decoder_made_bidirectional_equals_eager() -> None:
-    model, mask = tiny("llama", is_causal=False), padding("left")
+@pytest.mark.parametrize("by", ["config", "argument"])
+def test_a_decoder_made_bidirectional_equals_eager(by: str) -> None:
+    model, mask = tiny("llama"), padding("left")
     inputs = {"input_ids": tokens(), "attention_mask": mask}
-    want = run(model, "eager", **inputs)
-    assert_close(run(model, "quernstone", **inputs), want, mask)
-    model.config.is_causal = True
-    assert (run(model, "quernstone", **inputs) - want).abs().max() > 0.1
+    causal = run(model, "quernstone", **inputs)
+    if by == "config":
+        model.config.is_causal = False
+    else:
+        inputs["is_causal"] = False
+    got = run(model, "quernstone", **inputs)
+    assert_close(got, run(model, "eager", **inputs), mask)
+    assert (got - causal).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "bert"])

@@ -90,11 +90,6 @@ def test_a_model_asked_for_gradients_says_so() -> None:
         model(input_ids=tokens())
 
 
-def test_a_causal_model_asked_to_look_ahead_says_how() -> None:
-    with pytest.raises(ValueError, match=r"set config\.is_causal = False"):
-        run(tiny("llama"), "quernstone", input_ids=tokens(), is_causal=False)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_a_padding_mask_with_holes_is_named(name: str) -> None:
     mask = torch.ones(3, 23, dtype=torch.int64)

