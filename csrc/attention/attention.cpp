@@ -51,11 +51,11 @@ constexpr Status same(const char* what, std::int64_t got, const char* want,
     return got == number ? Status{} : invalid(what, got, want, number);
 }
 
-#define QS_TRY(expression)                                \
-    do {                                                  \
+#define QS_TRY(expression)                                            \
+    do {                                                              \
         if (const Status qs_status = (expression); !qs_status.ok()) { \
-            return qs_status;                             \
-        }                                                 \
+            return qs_status;                                         \
+        }                                                             \
     } while (false)
 
 Status check_positions(const View<const std::int64_t, 1>& view, const char* shape,
@@ -85,14 +85,16 @@ Status check(const ForwardArgs<T>& a, const Extents& e) noexcept {
         return invalid("q.shape[3] (head width)", e.d, "16 to 256");
     }
     if (e.g == 0 || e.h % e.g != 0 || e.h == 0) {
-        return invalid("q.shape[1] (query heads)", e.h, "a positive multiple of k.shape[1] =",
-                       e.g);
+        return invalid("q.shape[1] (query heads)", e.h, "a positive multiple of k.shape[1] =", e.g);
     }
     if (e.s > kMaxKeys || e.t > kMaxKeys) {
         return invalid("q.shape[2] or k.shape[2]", std::max(e.s, e.t), "at most", kMaxKeys);
     }
     if (!std::isfinite(a.scale)) {
-        return invalid("scale", std::isnan(a.scale) ? "nan" : a.scale > 0 ? "inf" : "-inf",
+        return invalid("scale",
+                       std::isnan(a.scale) ? "nan"
+                       : a.scale > 0       ? "inf"
+                                           : "-inf",
                        "a finite number");
     }
     if (a.window < 0) {
@@ -151,9 +153,7 @@ class Visibility {
                 static_cast<std::int32_t>(std::max(hi, std::int64_t{0}))};
     }
 
-    [[nodiscard]] std::int32_t first() const noexcept {
-        return static_cast<std::int32_t>(start_);
-    }
+    [[nodiscard]] std::int32_t first() const noexcept { return static_cast<std::int32_t>(start_); }
 
    private:
     std::int64_t start_, length_, offset_, window_;
@@ -198,8 +198,8 @@ class Forward {
             }
         });
         if (starved.load()) {
-            return no_memory("workspace", static_cast<std::int64_t>(kernel_.scratch_bytes(
-                                              per_block_, e_.d)));
+            return no_memory("workspace",
+                             static_cast<std::int64_t>(kernel_.scratch_bytes(per_block_, e_.d)));
         }
         if (a_.importance.present()) {
             reduce_importance();
@@ -221,8 +221,8 @@ class Forward {
     [[nodiscard]] const Kernel& pick() const noexcept {
         const Kernels& all = kernels<T>();
         const bool few = rows_ <= all.narrow.lanes;
-        const bool thin = a_.window > 0 && a_.window < 16 * all.wide.lanes &&
-                          all.wide.lanes > 16 && group_ == 1;
+        const bool thin =
+            a_.window > 0 && a_.window < 16 * all.wide.lanes && all.wide.lanes > 16 && group_ == 1;
         return few || thin ? all.narrow : all.wide;
     }
 
@@ -259,12 +259,11 @@ class Forward {
         block.gate_col = a_.gate.stride[3];
         block.width = e_.d;
         block.scale = a_.scale;
-        block.gate = a_.kind != Kind::kGated        ? GateShape::kNone
+        block.gate = a_.kind != Kind::kGated  ? GateShape::kNone
                      : a_.gate.extent[3] == 1 ? GateShape::kPerRow
                                               : GateShape::kPerElement;
-        block.first_key = first_key_apart_ && e_.s > 0 && visible.first() < e_.s
-                              ? visible.first()
-                              : -1;
+        block.first_key =
+            first_key_apart_ && e_.s > 0 && visible.first() < e_.s ? visible.first() : -1;
         kernel_.run(block, scratch);
         if (a_.importance.present()) {
             t = begin / group_;
@@ -354,8 +353,7 @@ Status forward(const ForwardArgs<T>& args, int threads) noexcept {
                     args.q.extent[2], args.k.extent[2], args.q.extent[3]};
     QS_TRY(check(args, e));
     const Status status = Forward<T>(args, e, threads).run();
-    last_seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    last_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return status;
 }
 

@@ -19,21 +19,21 @@ enum class Kind : std::uint8_t { kSink, kVanilla, kGated };
 
 template <class T>  // float or bf16; sums are fp32 either way
 struct ForwardArgs {
-    View<const T, 4> q;               // [b, h, t, d]
-    View<const T, 4> k, v;            // [b, g, s, d], h % g == 0
+    View<const T, 4> q;     // [b, h, t, d]
+    View<const T, 4> k, v;  // [b, g, s, d], h % g == 0
     Kind kind = Kind::kSink;
-    View<const float, 1> sinks;       // [h] logit of a key with no value; kSink only
-    View<const T, 4> gate;            // [b, h, t, 1 or d] logits; kGated only
-    bool causal = true;               // query i sees keys j <= i + s - t
-    std::int64_t window = 0;          // keys a query sees up to its own position; 0: all
+    View<const float, 1> sinks;  // [h] logit of a key with no value; kSink only
+    View<const T, 4> gate;       // [b, h, t, 1 or d] logits; kGated only
+    bool causal = true;          // query i sees keys j <= i + s - t
+    std::int64_t window = 0;     // keys a query sees up to its own position; 0: all
     float scale = 1.0F;
     View<const std::int64_t, 1> key_start;    // [b] first visible key; may be absent
     View<const std::int64_t, 1> key_lengths;  // [b] end of the visible keys; may be absent
 
-    View<T, 4> out;                   // [b, h, t, d], contiguous
-    View<float, 3> lse;               // [b, h, t] nats, the sink left out; may be absent
-    View<const bool, 2> token_mask;   // [b, t] tokens that count; absent: all
-    View<float, 1> importance;        // [h] mean gate; may be absent
+    View<T, 4> out;                  // [b, h, t, d], contiguous
+    View<float, 3> lse;              // [b, h, t] nats, the sink left out; may be absent
+    View<const bool, 2> token_mask;  // [b, t] tokens that count; absent: all
+    View<float, 1> importance;       // [h] mean gate; may be absent
 };
 
 // Checks every extent before reading memory. A row with no visible key gives

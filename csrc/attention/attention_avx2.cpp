@@ -9,10 +9,10 @@ namespace {
 
 using vf = __m256;
 using vi = __m256i;
-constexpr int kWidth = 8;       // floats a vector holds
-constexpr int kWideVectors = 2; // a wide panel: 16 rows, tiles of 6 x 16
+constexpr int kWidth = 8;        // floats a vector holds
+constexpr int kWideVectors = 2;  // a wide panel: 16 rows, tiles of 6 x 16
 constexpr int kWideRows = 6;
-constexpr int kNarrowRows = 12; // a narrow panel: 8 rows, tiles of 12 x 8
+constexpr int kNarrowRows = 12;  // a narrow panel: 8 rows, tiles of 12 x 8
 
 inline vf vset(float x) { return _mm256_set1_ps(x); }
 inline vf vbroadcast(const float* p) { return _mm256_broadcast_ss(p); }

@@ -60,13 +60,12 @@ struct Bf16Dot {
     }
 
     template <class T>
-    static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end,
-                          float* copies) {
+    static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end, float* copies) {
         const std::int64_t d = block.width;
         const std::int64_t n = end - begin;
         auto* rounded = reinterpret_cast<std::int32_t*>(copies);
-        auto* k = reinterpret_cast<std::uint16_t*>(rounded + (kBlockKeys / 2 + 1) * kWideVectors *
-                                                                 kWidth);
+        auto* k = reinterpret_cast<std::uint16_t*>(rounded +
+                                                   (kBlockKeys / 2 + 1) * kWideVectors * kWidth);
         std::uint16_t* v = k + kBlockKeys * even(d);
         const auto* from_k = static_cast<const std::uint16_t*>(block.k) + begin * block.k_row;
         const auto* from_v = static_cast<const std::uint16_t*>(block.v) + begin * block.v_row;
@@ -116,7 +115,8 @@ struct Bf16Dot {
     // A pair that reaches over [from, to) multiplies a key outside by 0.
     static bool ends_clean(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d) {
         const bool low = (from - keys.begin) % 2 == 0 || values_finite(keys, from - 1, d);
-        const bool high = (to - keys.begin) % 2 == 0 || to == keys.end || values_finite(keys, to, d);
+        const bool high =
+            (to - keys.begin) % 2 == 0 || to == keys.end || values_finite(keys, to, d);
         return low && high;
     }
 
@@ -153,9 +153,8 @@ struct Bf16Dot {
         const std::uint16_t* v = keys.v + first * d;
         for (std::int64_t left = d; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
-            with_height<kTileRows<NV>>(n, [&]<int R>() {
-                value_tile<R, NV>(v, 2 * d, pairs, keys.rounded, o, alpha);
-            });
+            with_height<kTileRows<NV>>(
+                n, [&]<int R>() { value_tile<R, NV>(v, 2 * d, pairs, keys.rounded, o, alpha); });
             v += 2 * n;
             o += n * NV * kWidth;
             left -= n;
@@ -184,8 +183,7 @@ struct Bf16Dot {
                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + i)));
                 const vi high = _mm512_cvtepu16_epi32(
                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + i)));
-                _mm512_storeu_si512(to + 2 * i,
-                                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                _mm512_storeu_si512(to + 2 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
         }
         for (; i < d; ++i) {
@@ -196,8 +194,10 @@ struct Bf16Dot {
 
     // Two rows of probabilities as bf16, lane by lane side by side.
     static vi round_pair(vf even_key, vf odd_key) {
-        const vi low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even_key)));
-        const vi high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd_key)));
+        const vi low =
+            _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even_key)));
+        const vi high =
+            _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd_key)));
         return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     }
 

@@ -13,7 +13,7 @@ using vu = std::uint32_t __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
 constexpr int kWideVectors = 2;  // a wide panel: 8 rows, tiles of 4 x 8
 constexpr int kWideRows = 4;
-constexpr int kNarrowRows = 8;   // a narrow panel: 4 rows, tiles of 8 x 4
+constexpr int kNarrowRows = 8;  // a narrow panel: 4 rows, tiles of 8 x 4
 
 inline vf vset(float x) { return vf{x, x, x, x}; }
 inline vf vbroadcast(const float* p) { return vset(*p); }

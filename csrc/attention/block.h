@@ -9,12 +9,12 @@ namespace quernstone::attention {
 
 enum class GateShape : std::uint8_t { kNone, kPerRow, kPerElement };
 
-struct Row {            // one query of one head
-    const void* q;      // [d]
-    const void* gate;   // [1 or d] logits, or null
-    void* out;          // [d], contiguous
-    float* lse;         // or null
-    float sink;         // logit in nats, -inf where there is none
+struct Row {              // one query of one head
+    const void* q;        // [d]
+    const void* gate;     // [1 or d] logits, or null
+    void* out;            // [d], contiguous
+    float* lse;           // or null
+    float sink;           // logit in nats, -inf where there is none
     std::int32_t lo, hi;  // sees keys lo <= j < hi; neither falls from row to row
     bool sees_first;      // and Block::first_key
 };
@@ -23,9 +23,9 @@ struct Row {            // one query of one head
 // neighbours (query-major), so that a panel of them spans few positions.
 struct Block {
     const Row* rows;
-    float* gates;       // [row_count] mean gate of each row, or null where nobody asks
+    float* gates;  // [row_count] mean gate of each row, or null where nobody asks
     std::int64_t row_count;
-    const void* k;      // key 0
+    const void* k;  // key 0
     const void* v;
     std::int64_t q_col, k_row, k_col, v_row, v_col, gate_col;  // strides in elements
     std::int64_t width;

@@ -81,12 +81,12 @@ inline void with_height(std::int64_t n, F&& f) {
 template <int NV>
 struct Panel {
     static constexpr int kLanes = NV * kWidth;
-    float* q;         // [d][lane] scaled, so that logits are powers of two
-    float* o;         // [d][lane] unnormalised output
-    float* m;         // [lane] running maximum of the logits
-    float* l;         // [lane] running sum of 2^(logit - m)
-    std::int32_t* lo; // [lane]
-    std::int32_t* hi; // [lane]
+    float* q;          // [d][lane] scaled, so that logits are powers of two
+    float* o;          // [d][lane] unnormalised output
+    float* m;          // [lane] running maximum of the logits
+    float* l;          // [lane] running sum of 2^(logit - m)
+    std::int32_t* lo;  // [lane]
+    std::int32_t* hi;  // [lane]
     const Row* rows;
     int row_count;
     std::int32_t first, last;          // keys that some row sees
@@ -137,9 +137,8 @@ inline bool finite(float x) { return x - x == 0.0F; }
 // Dot::values where a key that some row may not see holds a NaN or an infinity:
 // 0 times that would not be 0. It goes to the rows that see it, afterwards.
 template <class Dot, int NV>
-inline void spoilt_values(const Panel<NV>& panel, const typename Dot::Keys& keys,
-                          std::int64_t from, std::int64_t to, std::int64_t d, const float* p,
-                          const vf* alpha) {
+inline void spoilt_values(const Panel<NV>& panel, const typename Dot::Keys& keys, std::int64_t from,
+                          std::int64_t to, std::int64_t d, const float* p, const vf* alpha) {
     using Element = typename Dot::Element;
     constexpr int kLanes = NV * kWidth;
     const std::int64_t count = Dot::value_count(keys, d);
@@ -202,9 +201,8 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
     }
     bool clean = true;
     if (masked) {
-        for_each_edge(panel, from, to, [&](std::int64_t j) {
-            clean = clean && Dot::values_finite(keys, j, d);
-        });
+        for_each_edge(panel, from, to,
+                      [&](std::int64_t j) { clean = clean && Dot::values_finite(keys, j, d); });
     }
     if (clean && Dot::ends_clean(keys, from, to, d)) {
         Dot::template values<NV>(keys, from, to, d, s, panel.o, alpha);
@@ -354,7 +352,8 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
         for (int n = 0; n < NV; ++n) {
             vstore(gate + n * kWidth,
                    normalise(vload(panel.m + n * kWidth), vload(panel.l + n * kWidth),
-                             vload(sink + n * kWidth)).gate);
+                             vload(sink + n * kWidth))
+                       .gate);
         }
         Panel<NV> only = panel;
         only.all_first = only.all_last = 0;  // masks every row
@@ -398,8 +397,8 @@ template <class Dot, int NV>
 std::size_t scratch_bytes(std::int64_t rows, std::int64_t d) {
     constexpr std::int64_t kLanes = NV * kWidth;
     const std::int64_t panels = (rows + kLanes - 1) / kLanes;
-    const std::int64_t floats = panels * (2 * d + 4) * kLanes + kBlockKeys * kLanes +
-                                Dot::copy_floats(d) + kLanes * d;
+    const std::int64_t floats =
+        panels * (2 * d + 4) * kLanes + kBlockKeys * kLanes + Dot::copy_floats(d) + kLanes * d;
     return static_cast<std::size_t>(floats) * sizeof(float) +
            static_cast<std::size_t>(panels) * sizeof(Panel<NV>);
 }
@@ -448,7 +447,7 @@ void run(const Block& block, std::byte* scratch) {
         panel.hi = panel.lo + kLanes;
         const std::int64_t left = block.row_count - i * kLanes;
         load_panel<Dot, T, NV>(panel, block, block.rows + i * kLanes,
-                          static_cast<int>(left < kLanes ? left : kLanes));
+                               static_cast<int>(left < kLanes ? left : kLanes));
     }
     const float scale = block.scale * kLog2e;
     // The grid of key blocks is the same for every row of every call.

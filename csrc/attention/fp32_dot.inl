@@ -105,8 +105,7 @@ struct Fp32Dot {
     static std::int64_t copy_floats(std::int64_t d) { return 3 * kBlockKeys * d; }
 
     template <class T>
-    static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end,
-                          float* copies) {
+    static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end, float* copies) {
         float* k = copies;
         float* v = copies + (end - begin) * block.width;
         copy_rows(static_cast<const T*>(block.k) + begin * block.k_row, block.k_row, block.k_col,
@@ -131,9 +130,8 @@ struct Fp32Dot {
             for (; block.q_col == 1 && i + kWidth <= block.width; i += kWidth) {
                 vf tile[kWidth];
                 for (int lane = 0; lane < kWidth; ++lane) {
-                    tile[lane] = base + lane < n
-                                     ? Stored<T>::load(query<T>(rows[base + lane]) + i)
-                                     : vset(0.0F);
+                    tile[lane] = base + lane < n ? Stored<T>::load(query<T>(rows[base + lane]) + i)
+                                                 : vset(0.0F);
                 }
                 vtranspose(tile);
                 for (int c = 0; c < kWidth; ++c) {
@@ -182,9 +180,8 @@ struct Fp32Dot {
         const float* k = keys.k + (from - keys.begin) * d;
         for (std::int64_t left = to - from; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
-            with_height<kTileRows<NV>>(n, [&]<int R>() {
-                logit_tile<R, NV>(k, d, chunk<Input>(d), q, s, top);
-            });
+            with_height<kTileRows<NV>>(
+                n, [&]<int R>() { logit_tile<R, NV>(k, d, chunk<Input>(d), q, s, top); });
             k += n * d;
             s += n * NV * kWidth;
             left -= n;
@@ -197,13 +194,11 @@ struct Fp32Dot {
         const float* v = keys.v + (from - keys.begin) * d;
         for (std::int64_t left = d; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
-            with_height<kTileRows<NV>>(n, [&]<int R>() {
-                value_tile<R, NV>(v, d, to - from, p, o, alpha);
-            });
+            with_height<kTileRows<NV>>(
+                n, [&]<int R>() { value_tile<R, NV>(v, d, to - from, p, o, alpha); });
             v += n;
             o += n * NV * kWidth;
             left -= n;
         }
     }
 };
-

@@ -15,9 +15,9 @@ using attention::Kind;
 using shim::Boxed;
 using shim::Tensor;
 
-#define QS_ATTENTION_ARGUMENTS                                                       \
-    "(Tensor q, Tensor k, Tensor v, str kind=\"sink\", Tensor? sinks=None, "      \
-    "Tensor? gate=None, bool causal=True, int? window=None, float? scale=None, "     \
+#define QS_ATTENTION_ARGUMENTS                                                   \
+    "(Tensor q, Tensor k, Tensor v, str kind=\"sink\", Tensor? sinks=None, "     \
+    "Tensor? gate=None, bool causal=True, int? window=None, float? scale=None, " \
     "Tensor? key_start=None, Tensor? key_lengths=None"
 
 constexpr const char* kSchema = "sink_attention" QS_ATTENTION_ARGUMENTS ") -> Tensor";
@@ -72,8 +72,7 @@ Kind parse_kind(const std::string& kind) {
 struct Name {
     const char *device, *ndim, *dtype;
 };
-#define QS_NAME(x) \
-    Name { x ".device", x ".ndim", x ".dtype" }
+#define QS_NAME(x) Name{x ".device", x ".ndim", x ".dtype"}
 
 void expect(const Tensor& x, const Name& name, std::int64_t ndim, const char* besides = "") {
     if (!x.on_cpu()) {
@@ -158,9 +157,9 @@ void forward(const Call& call, Tensor& out, Tensor* lse, Tensor* importance) {
             raise(invalid("window", args.window, "at least 1"));
         }
     }
-    args.scale = call.scale ? static_cast<float>(shim::unbox<double>(*call.scale))
-                            : static_cast<float>(
-                                  1.0 / std::sqrt(static_cast<double>(args.q.extent[3])));
+    args.scale = call.scale
+                     ? static_cast<float>(shim::unbox<double>(*call.scale))
+                     : static_cast<float>(1.0 / std::sqrt(static_cast<double>(args.q.extent[3])));
     std::vector<float> sinks;
     if (call.sinks) {
         expect(*call.sinks, QS_NAME("sinks"), 1);
@@ -181,8 +180,8 @@ void forward(const Call& call, Tensor& out, Tensor* lse, Tensor* importance) {
         if (gate.ndim() == 4) {
             args.gate = view<const T, 4>(gate);
             if (args.gate.extent[3] != args.q.extent[3]) {
-                raise(invalid("gate.shape[3] (head width)", args.gate.extent[3], "q.shape[3] =",
-                              args.q.extent[3]));
+                raise(invalid("gate.shape[3] (head width)", args.gate.extent[3],
+                              "q.shape[3] =", args.q.extent[3]));
             }
         } else {
             const auto rows = view<const T, 3>(gate);

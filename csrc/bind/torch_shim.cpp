@@ -150,10 +150,10 @@ Tensor empty(std::int64_t ndim, const std::int64_t* shape, std::int32_t dtype) {
 
 const char* dtype_name(std::int32_t code) {
     constexpr std::array<const char*, 16> kNames = {
-        "torch.uint8",   "torch.int8",    "torch.int16",     "torch.int32",
-        "torch.int64",   "torch.float16", "torch.float32",   "torch.float64",
+        "torch.uint8",     "torch.int8",      "torch.int16",      "torch.int32",
+        "torch.int64",     "torch.float16",   "torch.float32",    "torch.float64",
         "torch.complex32", "torch.complex64", "torch.complex128", "torch.bool",
-        "torch.qint8",   "torch.quint8",  "torch.qint32",    "torch.bfloat16"};
+        "torch.qint8",     "torch.quint8",    "torch.qint32",     "torch.bfloat16"};
     const auto i = static_cast<std::size_t>(code);
     return i < kNames.size() ? kNames[i] : "another dtype";
 }

@@ -42,7 +42,9 @@ class Tensor {
     [[nodiscard]] const std::int64_t* strides() const;
     [[nodiscard]] std::int32_t dtype() const;
     [[nodiscard]] bool on_cpu() const;
-    [[nodiscard]] Boxed release() { return reinterpret_cast<Boxed>(std::exchange(handle_, nullptr)); }
+    [[nodiscard]] Boxed release() {
+        return reinterpret_cast<Boxed>(std::exchange(handle_, nullptr));
+    }
 
    private:
     Handle handle_ = nullptr;

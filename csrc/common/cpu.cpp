@@ -47,8 +47,7 @@ Isa probe() noexcept {
         return Isa::kAvx2;
     }
     const bool vnni = bit(c, 11);
-    const bool bf16 =
-        subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && bit(a, 5);
+    const bool bf16 = subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && bit(a, 5);
     return vnni && bf16 ? Isa::kAvx512Bf16Vnni : Isa::kAvx512;
 #endif
 }

@@ -1,6 +1,5 @@
 """The public attention call."""
 
-import numbers
 from typing import Literal, overload
 
 import torch
@@ -112,15 +111,17 @@ def sink_attention(
     try:
         # By position: torch parses keywords more slowly than a short kernel runs.
         if return_aux:
+            padding = (key_start, key_lengths)
             out, lse, importance = torch_op.sink_attention_aux(
-                q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, token_mask
+                q, k, v, kind, sinks, gate, causal, window, scale, *padding, token_mask
             )
             return out, Aux(lse, importance)
         if token_mask is not None:
             raise ValueError("token_mask: got a tensor, expected None unless return_aux is true")
-        return torch_op.sink_attention(
+        plain: Tensor = torch_op.sink_attention(
             q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths
         )
+        return plain
     except (RuntimeError, NotImplementedError):
         # torch's dispatcher refuses wrong types and devices in its own words.
         _explain(locals())
@@ -156,12 +157,12 @@ def _explain(arguments: dict[str, object]) -> None:
     if not isinstance(kind, str):
         raise TypeError(f"kind: got {type(kind).__name__} {kind!r}, expected str")
     if window is not None:
-        if not isinstance(window, numbers.Integral):
+        if not isinstance(window, int):
             raise TypeError(f"window: got {type(window).__name__} {window!r}, expected int or None")
         if not 1 <= window < 2**63:
             raise ValueError(f"window: got {window}, expected at least 1 and below 2^63")
     if scale is not None:
-        if not isinstance(scale, numbers.Real):
+        if not isinstance(scale, int | float):
             raise TypeError(f"scale: got {type(scale).__name__} {scale!r}, expected float or None")
         try:
             float(scale)

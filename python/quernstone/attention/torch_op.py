@@ -30,7 +30,6 @@ def _out(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-@torch.library.register_fake("quernstone::sink_attention")
 def _sink_attention_fake(
     q: Tensor,
     k: Tensor,
@@ -44,12 +43,9 @@ def _sink_attention_fake(
     key_start: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    return _out(
-        q, k, v, sinks=sinks, gate=gate, key_start=key_start, key_lengths=key_lengths
-    )
+    return _out(q, k, v, sinks=sinks, gate=gate, key_start=key_start, key_lengths=key_lengths)
 
 
-@torch.library.register_fake("quernstone::sink_attention_aux")
 def _sink_attention_aux_fake(
     q: Tensor,
     k: Tensor,
@@ -80,6 +76,9 @@ def _sink_attention_aux_fake(
         q.new_empty(q.shape[1:2], dtype=torch.float32),
     )
 
+
+torch.library.register_fake("quernstone::sink_attention", _sink_attention_fake)
+torch.library.register_fake("quernstone::sink_attention_aux", _sink_attention_aux_fake)
 
 sink_attention = torch.ops.quernstone.sink_attention.default
 sink_attention_aux = torch.ops.quernstone.sink_attention_aux.default
