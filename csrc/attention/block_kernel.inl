@@ -335,7 +335,8 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
     alignas(64) float gate[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
         const int r = lane < panel.row_count ? lane : panel.row_count - 1;
-        sink[lane] = panel.rows[r].sink * kLog2e;
+        const float x = panel.rows[r].sink * kLog2e;
+        sink[lane] = x > __FLT_MAX__ ? __FLT_MAX__ : x;  // infinity minus itself is no number
     }
     if (block.first_key >= 0) {
         const std::int64_t first = block.first_key;

@@ -67,3 +67,26 @@ def test_error_with_sinks_is_no_worse_than_that_of_torch_with_an_extra_key(
     rival = tolerances.BF16_OVER_RIVAL if dtype is torch.bfloat16 else tolerances.FP32_OVER_RIVAL
     allowed = rival * tolerances.relative_error(theirs, want)
     assert tolerances.relative_error(ours, want) <= allowed
+
+
+def test_the_log_sum_exp_of_one_key_is_its_logit(isa: str) -> None:
+    # One channel, so that no sum is rounded. What is left: scale, q, product, and twice the base.
+    q, k, sinks = torch.zeros(1, 1, 400, 32), torch.zeros(1, 1, 400, 32), torch.zeros(1)
+    q[..., 7] = 8 * torch.randn(400)
+    k[..., 7] = torch.randn(400)
+    _, aux = split(sink_attention(q, k, k, sinks=sinks, window=1, scale=0.7, return_aux=True))
+    want = 0.7 * q[..., 7].double() * k[..., 7].double()
+    assert aux is not None
+    allowed = 5 * tolerances.U_FP32 * want.abs()
+    assert ((aux.lse.double() - want).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("width", [31, 64, 65])
+def test_bf16_is_rounded_to_nearest_in_every_channel(isa: str, width: int) -> None:
+    shape = {"batch": 4, "key_heads": 4, "queries": 64, "keys": 64, "width": width}
+    tensors, options = Case(**shape, dtype=torch.bfloat16, aux=False).make()
+    want, _ = split(reference.sink_attention(*tensors, **options))
+    out, _ = split(sink_attention(*tensors, **options))
+    # Truncation would be off by u on average, to nearest 1024 rows leave a few hundredths of u.
+    bias = ((out.double() - want) / want).clamp(-0.02, 0.02).mean(dim=(0, 1, 2))
+    assert (bias.abs() < 0.3 * tolerances.U_BF16).all()

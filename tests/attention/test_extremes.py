@@ -24,7 +24,7 @@ def test_large_sinks_neither_overflow_nor_lose_the_gate(
     check_call(q, k, v, logit_sd=1 + abs(size) / 10, label=f"sink {size}", **options)
 
 
-@pytest.mark.parametrize("size", [500.0, 1e30])
+@pytest.mark.parametrize("size", [500.0, 1e30, torch.finfo(torch.float32).max])
 def test_an_enormous_sink_takes_all_or_nothing(isa: str, size: float) -> None:
     (q, k, v), options = Case(ratio=2, queries=40, keys=70).make()
     out, aux = split(sink_attention(q, k, v, **(options | {"sinks": torch.full((4,), size)})))
