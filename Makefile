@@ -63,22 +63,22 @@ wheel: .venv/packages
 clean:
 	rm -rf build dist out .venv/built
 
-# The AVX-512 files are built emulated, so that their reads and writes are watched on any machine.
 # ASan has to be the first library in the process and libstdc++ the second: without it the first C++
-# exception aborts. Python itself leaks, so leaks are looked for in the C++ tests.
-SANITIZE = QS_SANITIZE=address,undefined QS_EMULATE_AVX512=ON QS_SIMDE_DIR=$(SIMDE)
-SIMDE = $(shell $(BIN)/python -c 'import simde_py; print(simde_py.get_include())')
+# exception aborts. Python itself leaks, so leaks are looked for in the C++ tests; there the AVX-512
+# files are emulated, so that their reads and writes are watched on any machine.
+SANITIZERS := QS_SANITIZE=address,undefined
+SIMDE = $$($(BIN)/python -c 'import simde_py; print(simde_py.get_include())')
 library = $(shell $(CXX) -print-file-name=lib$(1).so)
 sanitize: .venv/packages
 	$(BIN)/pip install -q --no-build-isolation --no-deps --upgrade --target build/sanitize/site . \
 	    -C build-dir=build/sanitize/package -C cmake.build-type=RelWithDebInfo \
-	    -C install.strip=false $(SANITIZE:%=-C cmake.define.%)
+	    -C install.strip=false -C cmake.define.$(SANITIZERS)
 	PYTHONPATH=build/sanitize/site PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    LD_PRELOAD=$(call library,asan):$(call library,stdc++) \
 	    $(BIN)/python -m pytest $(TESTS) --ignore=tests/cpp --ignore=tests/packaging
-	$(CMAKE) -G Ninja -S . -B build/sanitize/unit -DQS_TESTS=ON \
-	    -DCMAKE_BUILD_TYPE=RelWithDebInfo $(SANITIZE:%=-D%)
+	$(CMAKE) -G Ninja -S . -B build/sanitize/unit -DQS_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -D$(SANITIZERS) -DQS_EMULATE_AVX512=ON -DQS_SIMDE_DIR=$(SIMDE)
 	$(CMAKE) --build build/sanitize/unit --target quernstone_unit
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize/unit/quernstone_unit
 

@@ -61,7 +61,7 @@ def _right(case: AttentionCase, *, plain: bool = False) -> Check:
 def bench_forward(case: AttentionCase, measure: Measure) -> None:
     x = case.inputs()
     measure.speed(
-        what=f"forward, causal, S {case.queries}, D {case.width}, Hkv {case.kv_heads}",
+        what=f"forward {case.dtype}, causal, S {case.queries}, D {case.width}, Hkv {case.kv_heads}",
         ours=_ours(case, x),
         check=_right(case),
         rivals=rivals.all_of(case, x),
@@ -130,7 +130,7 @@ def bench_overhead(case: AttentionCase, measure: Measure) -> None:
 
     gate = "element-wise gate" if case.kind == "gated" else "sink"
     measure.relative(
-        what=f"{gate} + importance, D {case.width}: time over the same kernel without",
+        what=f"{gate} + importance {case.dtype}, D {case.width}: time over the same kernel without",
         ours=ours,
         base=Rival("plain", _ours(plain, x), _right(plain)),
         check=Check(error, _right(case).tolerance),
@@ -145,13 +145,11 @@ def _gates(case: AttentionCase, x: Inputs, aux: Aux) -> Tensor:
 
 
 def memory_call(name: str, threads: int, **shape: Any) -> Callable[[], Tensor]:
-    """A call to be measured in a process of its own; a small one has warmed it up."""
+    """The first call of a process, so that scratch memory which is kept for the next counts too."""
     torch.set_num_threads(threads)
-    build = {"ours": _ours, "flash": lambda case, x: rivals.flash(case, x).run}[name]
-    small = AttentionCase("small", threads, queries=64, keys=64, width=shape["width"])
-    build(small, small.inputs())()
     case = AttentionCase("large", threads, **shape)
-    return build(case, case.inputs())
+    x = case.inputs()
+    return _ours(case, x) if name == "ours" else rivals.flash(case, x).run
 
 
 @rows(
@@ -191,7 +189,7 @@ def bench_memory(case: AttentionCase, measure: Measure) -> None:
 )
 def bench_error(case: AttentionCase, measure: Measure) -> None:
     measure.value(
-        what=f"relative Frobenius error, N(0, 1) inputs, D {case.width}",
+        what=f"{case.dtype} relative Frobenius error, N(0, 1) inputs, D {case.width}",
         unit="relative",
         compute=lambda: relative_error(_ours(case, case.inputs())(), case.expected()),
     )
@@ -222,7 +220,7 @@ def bench_error_beside_flash(case: AttentionCase, measure: Measure) -> None:
         return max(mine / theirs for mine, theirs in errors)
 
     row = measure.value(
-        what=f"error over torch flash's own, logit sd {case.deviation:g}, D {case.width}",
+        what=f"{case.dtype} error over torch flash's, logit sd {case.deviation:g}, D {case.width}",
         unit="x",
         compute=worst,
     )

@@ -87,7 +87,7 @@ def bench_heads(case: ModelCase, measure: Measure) -> None:
     layers, heads = report.importance.shape
     row.notes.append(f"a head counts with mean attention above {report.sink_epsilon:g} to it")
     row.notes.append(
-        f"mean CV of importance {report.cv.mean():.2f}, "
+        f"mean CV of importance over the heads of a layer {report.cv.mean():.2f}, "
         f"{len(report.dead_heads)} of {layers * heads} heads below {report.dead_below:g}"
     )
     measure.panel(
@@ -95,7 +95,7 @@ def bench_heads(case: ModelCase, measure: Measure) -> None:
         plots.svg(report.figure(), "heads"),
         f"Importance of a head: its mean gate over {case.tokens} tokens of real text, summed in "
         "the attention kernel. A dark head rests on the first token. Below, what the loss gains "
-        "when heads are silenced.",
+        f"when heads are silenced. {row.notes[-1].capitalize()}.",
     )
 
 
@@ -152,8 +152,8 @@ def _beside(
         ours=lambda: call(ours),
         check=check,
         rivals=[
-            Rival("eager", lambda: call(eager), check, versions),
-            Rival("sdpa", lambda: call(sdpa), check, versions),
+            Rival("transformers eager", lambda: call(eager), check, versions),
+            Rival("transformers sdpa", lambda: call(sdpa), check, versions),
         ],
         pace=SLOW_QUICK if measure.quick else SLOW,
         patience=math.inf,

@@ -16,6 +16,9 @@ from quernstone.bench.plugin import Events
 from quernstone.bench.rows import Row
 from quernstone.bench.run import Results
 
+# Columns from which the table has room for everything.
+WIDE = 100
+
 
 @contextlib.contextmanager
 def following(console: Console) -> Iterator[Events]:
@@ -60,38 +63,45 @@ def _line(row: Row) -> Text:
 
 
 def show(console: Console, results: Results) -> None:
-    """The table of all rows, section by section."""
+    """A table of all rows per vertical, section by section, and what could not be timed."""
+    for vertical in dict.fromkeys(row.vertical for row in results.rows):
+        rows = [row for row in results.rows if row.vertical == vertical]
+        console.print(_table(vertical, rows, wide=console.width >= WIDE))
+        console.print()
+    missing = {
+        f"{name}: {rival.absent}"
+        for row in results.rows
+        for name, rival in row.rivals.items()
+        if rival.absent
+    }
+    for line in sorted(missing):
+        console.print(Text(f"  {line}", style="yellow"))
+
+
+def _table(vertical: str, rows: list[Row], wide: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold dim")
-    table.add_column("row", overflow="fold", style="cyan")
-    for title in ("ours", "nearest rival", "limit", "error"):
+    table.add_column(vertical, style="cyan", no_wrap=wide, overflow="fold")
+    titles = ["ours", "nearest rival", "limit", *(["error"] if wide else [])]
+    for title in titles:
         table.add_column(title, justify="right", overflow="fold")
-    table.add_column("promise", justify="left")
+    table.add_column("promise")
     section = None
-    for row in results.rows:
-        head = ".".join(row.id.split(".")[:2])
+    for row in rows:
+        _, head, *_ = row.id.split(".")
         if section not in (None, head):
             table.add_section()
         section = head
         nearest = words.nearest_rival(row)
-        table.add_row(
-            row.id,
+        cells: list[str | Text] = [
+            row.id.removeprefix(f"{vertical}."),
             Text(words.figure(row.ours, row.unit), style="bold"),
             f"{words.ratio(nearest[1].ratio)} {nearest[0]}" if nearest else "",
             words.percent(row.percent_of_limit) if row.percent_of_limit else "",
-            words.number(row.error) if row.error is not None else "",
-            badge(row),
-        )
-    console.print(table)
-    missing = sorted(
-        {
-            f"{name}: {rival.absent}"
-            for row in results.rows
-            for name, rival in row.rivals.items()
-            if rival.absent
-        }
-    )
-    for line in missing:
-        console.print(Text(f"  {line}", style="yellow"))
+        ]
+        if wide:
+            cells.append(words.number(row.error) if row.error is not None else "")
+        table.add_row(*cells, badge(row))
+    return table
 
 
 def badge(row: Row) -> Text:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,24 +84,6 @@ def copy_bandwidth(quick: bool) -> Bandwidth:
     return _sweep(
         quick, buffers=2, run=lambda at, size, far: _core.bench_copy_nt(at[0], at[1], size, far)
     )
-
-
-@functools.cache
-def _read(threads: int) -> Bandwidth:
-    return read_bandwidth(quick=True)
-
-
-@contextlib.contextmanager
-def dram_read() -> Iterator[Limit]:
-    """A limit for rows that stream memory; holds its buffer while the row runs."""
-    best = _read(torch.get_num_threads())
-    with buffer(best.size, best.page) as address:
-        yield Limit(
-            "DRAM read",
-            lambda: _core.bench_read(address, best.size, best.prefetch),
-            float(best.size),
-            "GB/s",
-        )
 
 
 def _sweep(quick: bool, buffers: int, run: Callable[[list[int], int, int], float]) -> Bandwidth:

@@ -18,8 +18,8 @@ def peak_beyond(factory: str, **arguments: Any) -> int:
     """Bytes that a call needed at its peak beyond what stood before it and what it returned.
 
     Args:
-        factory: "module:function"; the function gets the arguments and gives a warmed-up callable
-            that returns a tensor (its inputs are made before the measurement).
+        factory: "module:function"; the function gets the arguments and gives a callable that
+            returns a tensor. Its inputs are made before the measurement.
     """
     command = [sys.executable, "-m", "quernstone.bench.memory", factory, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

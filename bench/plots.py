@@ -9,11 +9,12 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from quernstone.bench import words
 from quernstone.bench.rows import Row
 
+PIXELS_PER_INCH = 108
 INK, SOFT, LINE, OURS = "#20242a", "#626872", "#e0e2df", "#0f6b6b"
 # Of the palette of Okabe and Ito, told apart with any colour vision.
 THREADS = {1: "#d08a1d", 2: OURS}
@@ -34,7 +35,10 @@ STYLE: Any = {
 
 
 def svg(figure: Any, name: str) -> str:
-    """The figure as an <svg> element; `name` makes its ids its own among others on a page."""
+    """The figure as an <svg> element; `name` makes its ids its own among others on a page.
+
+    It shrinks with the page and never grows far beyond its own size, which would blow its text up.
+    """
     out = io.StringIO()
     quiet: Any = {"svg.hashsalt": name, "svg.fonttype": "none"}
     with rc_context(quiet):
@@ -43,6 +47,8 @@ def svg(figure: Any, name: str) -> str:
         )
     text = out.getvalue()
     text = text[text.index("<svg") :]
+    width = PIXELS_PER_INCH * figure.get_figwidth()
+    text = text.replace("<svg", f'<svg style="max-width:{width:.0f}px"', 1)
     # Text takes the page's font; matplotlib has laid it out with its own, which is wider.
     text = re.sub(r"font: (?:[a-z]+ )?([\d.]+px) [^;\"]+", r"font-size: \1", text)
     text = re.sub(r"font-family: [^;\"]+;? ?", "", text)
@@ -82,7 +88,7 @@ def ratios(rows: Sequence[Row]) -> Figure | None:
         axis.grid(axis="x", color=LINE, linewidth=0.7)
         axis.set_axisbelow(True)
         axis.spines["left"].set_visible(False)
-        axis.set_xlabel("times as fast as the rival (bars: p20 to p80 of the rounds)")
+        axis.set_xlabel("times as fast as the rival")
         _thread_legend(axis, {entry[3] for entries in found.values() for entry in entries})
     return figure
 
@@ -129,6 +135,7 @@ def roofline(rows: Sequence[Row], machine_rows: Sequence[Row]) -> Figure | None:
         for one in (axis.xaxis, axis.yaxis):
             one.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
             one.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.tick_params(which="minor", length=0)
         axis.grid(color=LINE, linewidth=0.6, which="major")
         axis.set_axisbelow(True)
@@ -153,10 +160,10 @@ def _roof(
         label += f", DRAM {words.number(slope)} GB/s"
     axis.annotate(
         label,
-        (right, roof),
-        xytext=(-2, 4),
+        (knee, roof),
+        xytext=(6, 4),
         textcoords="offset points",
-        ha="right",
+        ha="left",
         color=color,
         fontsize=8,
     )

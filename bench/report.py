@@ -64,7 +64,11 @@ def _stats(stats: Iterable[tuple[str, str]]) -> str:
 def _vertical(name: str, results: Results, machine_rows: Sequence[Row]) -> str:
     rows = [row for row in results.rows if row.vertical == name]
     figures = [
-        (plots.ratios(rows), "Beside the rivals", "One dot a row, each paired round by round."),
+        (
+            plots.ratios(rows),
+            "Beside the rivals",
+            "One dot a row: the median over paired rounds, with p20 to p80.",
+        ),
         (
             plots.roofline(rows, machine_rows),
             "Below the machine's limits",
@@ -95,7 +99,7 @@ def _vertical(name: str, results: Results, machine_rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """One sentence: how much faster than whom, how near the limit, how many promises."""
+    """One sentence: how much faster than whom, and how many promises are open."""
     parts = []
     best: dict[str, list[float]] = {}
     for row in rows:
@@ -105,13 +109,11 @@ def headline(rows: Sequence[Row]) -> str:
     if best:
         name = max(best, key=lambda key: max(best[key]))
         parts.append(f"up to {words.ratio(max(best[name]))} the speed of {name}")
-    shares = [row.percent_of_limit for row in rows if row.percent_of_limit is not None]
-    if shares:
-        parts.append(f"up to {words.percent(max(shares))} of what the machine can do")
-    judged = [row for row in rows if row.met is not None]
-    missed = sum(row.met is False for row in judged)
-    if judged:
-        parts.append(f"{missed} of {len(judged)} promises open" if missed else "all promises met")
+    verdicts = [verdict for row in rows for verdict in row.target]
+    missed = sum(not verdict["met"] for verdict in verdicts)
+    if verdicts:
+        count = len(verdicts)
+        parts.append(f"{missed} of {count} promises open" if missed else "every promise met")
     if not parts:
         return f"{len(rows)} rows"
     sentence = ", ".join(parts)
@@ -152,11 +154,19 @@ def _row(row: Row) -> str:
     if row.kind != "measured":
         notes += f'<p class="note">{escape(row.kind)}, not timed</p>'
     return (
-        f'<div class="row" data-row="{escape(row.id)}"><div>{escape(row.what or row.id)}'
+        f'<div class="row" data-row="{escape(row.id)}"><div>{escape(_what(row))}'
         f'<span class="id">{escape(row.id)}</span>{notes}</div>'
-        f'<div class="value">{escape(words.figure(row.ours, row.unit))}{spread}</div>'
-        f'<div class="bars">{_bars(row)}</div><div class="badges">{_badges(row)}</div></div>'
+        f'<div class="value">{escape(words.figure(row.ours, row.unit))}{spread}'
+        f"{_badge(row, 'ours')}{_badge(row, 'error')}</div>"
+        f'<div class="bars">{_bars(row)}</div></div>'
     )
+
+
+def _what(row: Row) -> str:
+    words_of_row = row.what or row.id
+    if row.id.endswith(f".t{row.threads}"):
+        words_of_row += f", {row.threads} thread{'s' if row.threads > 1 else ''}"
+    return words_of_row
 
 
 def _bars(row: Row) -> str:
@@ -171,17 +181,16 @@ def _bars(row: Row) -> str:
         share = min(100.0, row.percent_of_limit)
         rate = f"{words.number(row.limit.value)} {row.limit.unit}"
         parts.append(
-            f'<div class="bar limit" title="{escape(row.limit.name)}: {rate}">'
+            '<div class="bar limit">'
             f'<span class="name">{escape(row.limit.name)}</span><span class="track">'
             f'<span class="fill" style="width:{share:.1f}%"></span></span>'
             f'<span class="ratio"><b>{words.percent(row.percent_of_limit)}</b> of {rate}</span>'
-            "</div>"
+            f"{_badge(row, 'percent_of_limit')}</div>"
         )
-    parts += [
-        f'<p class="note">{escape(name)}: {escape(rival.absent)}</p>'
-        for name, rival in row.rivals.items()
-        if rival.absent
-    ]
+    for name, rival in row.rivals.items():
+        if rival.absent:
+            badge = _badge(row, f"ratio to {name}")
+            parts.append(f'<p class="note">{escape(name)}: {escape(rival.absent)} {badge}</p>')
     return "".join(parts)
 
 
@@ -198,21 +207,24 @@ def _bar(name: str, rival: RivalResult, row: Row, top: float, kind: str) -> str:
     return (
         f'<div class="{kind}"><span class="name">{escape(name)}</span><span class="track">'
         f'<span class="fill" style="width:{width:.1f}%"></span>{spread}</span>'
-        f'<span class="ratio">{tail}</span></div>'
+        f'<span class="ratio">{tail}</span>{_badge(row, f"ratio to {name}")}</div>'
     )
 
 
-def _badges(row: Row) -> str:
+def _badge(row: Row, measure: str) -> str:
+    """What was promised of one figure of the row, and whether it holds."""
     badges = []
     for verdict in row.target:
+        if verdict["measure"] != measure:
+            continue
         kind = "met" if verdict["met"] else "open" if verdict["got"] is None else "missed"
-        measure = verdict["measure"]
         unit = " %" if measure == "percent_of_limit" else "×" if "ratio" in measure else ""
         sign = {"<=": "≤", ">=": "≥"}.get(verdict["comparison"], verdict["comparison"])
+        value = f"{verdict['value']:g}".replace("e-0", "e-")
         text = {"met": "met", "open": "not measured", "missed": "missed"}[kind]
         badges.append(
             f'<span class="badge {kind}" title="{escape(verdict["words"])}">'
-            f"{sign} {verdict['value']:g}{unit} {text}</span>"
+            f"{sign} {value}{unit} {text}</span>"
         )
     return "".join(badges)
 

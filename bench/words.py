@@ -18,6 +18,8 @@ def number(value: float | None) -> str:
         return f"{value:.2e}".replace("e-0", "e-")
     if size >= 100:
         return f"{value:,.0f}"
+    if size < 1:
+        return f"{value:.3g}"
     return f"{value:.{2 if size < 10 else 1}f}"
 
 

@@ -63,16 +63,6 @@ def test_the_limit_of_a_slow_type_is_the_wider_one(monkeypatch: pytest.MonkeyPat
     assert limits.arithmetic("fp32") is made["fp32"]
 
 
-def test_dram_read_limit_streams_its_buffer(
-    monkeypatch: pytest.MonkeyPatch, small_buffers: None
-) -> None:
-    limits._read.cache_clear()
-    with limits.dram_read() as limit:
-        assert limit.work == SMALL
-        assert limit.run() > 0
-    limits._read.cache_clear()
-
-
 def test_description_names_what_a_figure_depends_on() -> None:
     about = machine.describe()
     assert about["versions"]["torch"] == torch.__version__

@@ -186,6 +186,26 @@ TEST(fp32_agrees_with_the_definition_at_every_level) { compare_with_the_definiti
 // Rounding the result to 8 bits gives 2^-9 / sqrt(3); weights rounded for a bf16 product as much.
 TEST(bf16_agrees_with_the_definition_at_every_level) { compare_with_the_definition<bf16>(3e-3); }
 
+// Queries as [b, t, h, d], keys as [b, g, d, s], values running backwards.
+TEST(any_layout_is_read_in_place_at_every_level) {
+    const Isa before = active_isa();
+    for (const Isa isa : available_isas()) {
+        CHECK(set_isa(isa_name(isa)));
+        for (const auto& [b, h, g, t, s, d] : kShapes) {
+            Problem<float> problem({b, h, g, t, s, d}, Kind::kSink);
+            problem.args.q.stride = {t * h * d, d, h * d, 1};
+            problem.args.k.stride = {g * d * s, d * s, 1, s};
+            problem.args.v.data = problem.v.data() + problem.v.size() - 1;
+            for (std::int64_t& stride : problem.args.v.stride) {
+                stride = -stride;
+            }
+            CHECK(forward(problem.args, 1).ok());
+            CHECK(relative_error(problem.args) <= 5e-7);
+        }
+    }
+    CHECK(set_isa(isa_name(before)));
+}
+
 TEST(results_do_not_depend_on_the_number_of_threads) {
     for (const Kind kind : {Kind::kSink, Kind::kVanilla, Kind::kGated}) {
         Problem<float> alone({2, 4, 2, 150, 150, 48}, kind);

@@ -1,6 +1,7 @@
 // Stands in for the compiler's <immintrin.h> when the AVX-512 sources are built for a processor
 // without AVX-512: SIMDe supplies the intrinsics from AVX2 and plain C, and what SIMDe 0.8.2 lacks
-// follows here, after Intel's Intrinsics Guide. The product's sources do not know about it.
+// follows here, after Intel's Intrinsics Guide. The product's sources do not know about it. One
+// difference: SIMDe's VDPBF16PS keeps subnormals, the processor's takes them for zero.
 #pragma once
 #pragma GCC system_header
 
@@ -50,11 +51,6 @@ __m256bh emulated_cvtneps_pbh(__m512 a) noexcept {
     return emulated_cast<__m256bh>(out);
 }
 
-__m512bh emulated_cvtne2ps_pbh(__m512 high, __m512 low) noexcept {
-    const __m256bh halves[2] = {emulated_cvtneps_pbh(low), emulated_cvtneps_pbh(high)};
-    return emulated_cast<__m512bh>(halves);
-}
-
 __m256i emulated_cvtepi32_epi16(__m512i a) noexcept {
     const auto in = emulated_cast<EmulatedLanes<std::uint32_t>>(a);
     std::uint16_t out[16];
@@ -64,34 +60,7 @@ __m256i emulated_cvtepi32_epi16(__m512i a) noexcept {
     return emulated_cast<__m256i>(out);
 }
 
-float emulated_reduce_add_ps(__m512 a) noexcept {
-    auto v = emulated_cast<EmulatedLanes<float>>(a);
-    for (int half = 8; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) {
-            v.lane[i] += v.lane[i + half];
-        }
-    }
-    return v.lane[0];
-}
-
-__m512i emulated_maskz_loadu_epi32(std::uint32_t mask, const void* from) noexcept {
-    EmulatedLanes<std::uint32_t> out{};
-    for (int i = 0; i < 16; ++i) {
-        if ((mask >> i & 1U) != 0) {
-            std::memcpy(&out.lane[i], static_cast<const char*>(from) + 4 * i, 4);
-        }
-    }
-    return emulated_cast<__m512i>(out);
-}
-
 }  // namespace
 
 #define _mm512_cvtneps_pbh(a) emulated_cvtneps_pbh(a)
-#define _mm512_cvtne2ps_pbh(a, b) emulated_cvtne2ps_pbh(a, b)
 #define _mm512_cvtepi32_epi16(a) emulated_cvtepi32_epi16(a)
-#define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)
-#define _mm512_maskz_loadu_epi32(mask, from) emulated_maskz_loadu_epi32(mask, from)
-#define _mm512_cmplt_epi32_mask(a, b) simde_mm512_cmp_epi32_mask(a, b, _MM_CMPINT_LT)
-#define _mm512_cmple_epi32_mask(a, b) simde_mm512_cmp_epi32_mask(a, b, _MM_CMPINT_LE)
-#define _mm512_mask3_fmadd_ps(a, b, c, k) \
-    simde_mm512_mask_mov_ps(c, k, simde_mm512_fmadd_ps(a, b, c))
