@@ -173,6 +173,7 @@ class Forward {
           per_block_(pick_rows_per_block()),
           blocks_((rows_ + per_block_ - 1) / per_block_),
           strips_((rows_ + kStrip - 1) / kStrip),
+          windowed_(args.window > 0 && args.window < e.s),
           kernel_(pick()),
           // The vanilla gate asks for the first key apart; plain attention does not.
           first_key_apart_(args.kind == Kind::kVanilla && args.importance.present()) {}
@@ -191,8 +192,8 @@ class Forward {
             // Causal blocks get shorter towards the first: longest first. Windows are
             // all alike, and neighbours share keys: one after the other.
             const std::int64_t heads = e_.b * e_.g;
-            const bool done = a_.window > 0 ? run_block(i / blocks_, i % blocks_)
-                                            : run_block(i % heads, blocks_ - 1 - i / heads);
+            const bool done = windowed_ ? run_block(i / blocks_, i % blocks_)
+                                        : run_block(i % heads, blocks_ - 1 - i / heads);
             if (!done) {
                 starved.store(true, std::memory_order_relaxed);
             }
@@ -222,7 +223,7 @@ class Forward {
         const Kernels& all = kernels<T>();
         const bool few = rows_ <= all.narrow.lanes;
         const bool thin =
-            a_.window > 0 && a_.window < 16 * all.wide.lanes && all.wide.lanes > 16 && group_ == 1;
+            windowed_ && a_.window < 16 * all.wide.lanes && all.wide.lanes > 16 && group_ == 1;
         return few || thin ? all.narrow : all.wide;
     }
 
@@ -258,6 +259,7 @@ class Forward {
         block.v_col = a_.v.stride[3];
         block.gate_col = a_.gate.stride[3];
         block.width = e_.d;
+        block.block_keys = windowed_ ? kWindowBlockKeys : kBlockKeys;
         block.scale = a_.scale;
         block.gate = a_.kind != Kind::kGated  ? GateShape::kNone
                      : a_.gate.extent[3] == 1 ? GateShape::kPerRow
@@ -339,6 +341,7 @@ class Forward {
     std::int64_t group_, rows_;  // rows of one key head: group x t, query-major
     int threads_;
     std::int64_t per_block_, blocks_, strips_;
+    bool windowed_;
     const Kernel& kernel_;
     bool first_key_apart_;
     std::unique_ptr<double[]> shares_;  // [b, g, strip, head of the group]

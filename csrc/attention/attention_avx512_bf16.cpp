@@ -43,10 +43,9 @@ inline void dot_pairs(vf (&acc)[R][NV], const std::uint16_t* a, std::int64_t a_r
 }
 
 struct Bf16Dot {
-    using Element = std::uint16_t;
     struct Keys {
         const std::uint16_t* k;   // [key][even d], a zero behind an odd width
-        std::uint16_t* v;         // [key pair][d][2], a zero key behind an odd count
+        const std::uint16_t* v;   // [key pair][d][2], a zero key behind an odd count
         std::uint16_t* spare;     // as large as v
         std::int32_t* rounded;    // [key pair][lane] probabilities, for values()
         std::int64_t begin, end;  // keys
@@ -55,8 +54,8 @@ struct Bf16Dot {
     static constexpr std::int64_t even(std::int64_t n) { return (n + 1) & ~std::int64_t{1}; }
 
     static std::int64_t copy_floats(std::int64_t d) {
-        const std::int64_t probabilities = (kBlockKeys / 2 + 1) * kWideVectors * kWidth;
-        return kBlockKeys * even(d) / 2 + 2 * (kBlockKeys * d / 2) + probabilities;
+        const std::int64_t probabilities = (kMaxBlockKeys / 2 + 1) * kWideVectors * kWidth;
+        return kMaxBlockKeys * even(d) / 2 + 2 * (kMaxBlockKeys * d / 2) + probabilities;
     }
 
     template <class T>
@@ -65,8 +64,8 @@ struct Bf16Dot {
         const std::int64_t n = end - begin;
         auto* rounded = reinterpret_cast<std::int32_t*>(copies);
         auto* k = reinterpret_cast<std::uint16_t*>(rounded +
-                                                   (kBlockKeys / 2 + 1) * kWideVectors * kWidth);
-        std::uint16_t* v = k + kBlockKeys * even(d);
+                                                   (kMaxBlockKeys / 2 + 1) * kWideVectors * kWidth);
+        std::uint16_t* v = k + kMaxBlockKeys * even(d);
         const auto* from_k = static_cast<const std::uint16_t*>(block.k) + begin * block.k_row;
         const auto* from_v = static_cast<const std::uint16_t*>(block.v) + begin * block.v_row;
         for (std::int64_t j = 0; j < n; ++j) {
@@ -78,7 +77,7 @@ struct Bf16Dot {
             const std::uint16_t* second = j + 1 < n ? from_v + (j + 1) * block.v_row : nullptr;
             interleave(from_v + j * block.v_row, second, block.v_col, d, v + j * d);
         }
-        return {k, v, v + kBlockKeys * d, rounded, begin, end};
+        return {k, v, v + kMaxBlockKeys * d, rounded, begin, end};
     }
 
     template <class T, int NV>
@@ -100,8 +99,15 @@ struct Bf16Dot {
         return Stored<std::uint16_t>::get(keys.v[((r & ~std::int64_t{1}) * d) + i * 2 + r % 2]);
     }
 
-    static std::int64_t value_count(const Keys& keys, std::int64_t d) {
-        return even(keys.end - keys.begin) * d;
+    // The same keys with zeros for values that are no numbers.
+    static Keys cleaned(const Keys& keys, std::int64_t d) {
+        for (std::int64_t i = 0; i < even(keys.end - keys.begin) * d; ++i) {
+            const bool number = finite(Stored<std::uint16_t>::get(keys.v[i]));
+            keys.spare[i] = number ? keys.v[i] : std::uint16_t{0};
+        }
+        Keys clean = keys;
+        clean.v = keys.spare;
+        return clean;
     }
 
     static bool values_finite(const Keys& keys, std::int64_t j, std::int64_t d) {
@@ -110,6 +116,10 @@ struct Bf16Dot {
             all = all && finite(value(keys, j, d, i));
         }
         return all;
+    }
+
+    static vf poison(const Keys& keys, std::int64_t j, std::int64_t d) {
+        return vset(values_finite(keys, j, d) ? 0.0F : __builtin_nanf(""));
     }
 
     // A pair that reaches over [from, to) multiplies a key outside by 0.

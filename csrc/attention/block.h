@@ -19,6 +19,10 @@ struct Row {              // one query of one head
     bool sees_first;      // and Block::first_key
 };
 
+// A panel's window of a few hundred keys would straddle most borders of the
+// shorter steps. Both are multiples of every tile height.
+inline constexpr std::int64_t kBlockKeys = 144, kWindowBlockKeys = 288;
+
 // Query rows of one key head. With grouped queries the rows of a group are
 // neighbours (query-major), so that a panel of them spans few positions.
 struct Block {
@@ -29,6 +33,7 @@ struct Block {
     const void* v;
     std::int64_t q_col, k_row, k_col, v_row, v_col, gate_col;  // strides in elements
     std::int64_t width;
+    std::int64_t block_keys;  // keys a step of the online softmax takes: one of the two below
     float scale;
     GateShape gate;
     // The key that the vanilla gate weighs against all others. It is kept out

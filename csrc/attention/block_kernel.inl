@@ -10,7 +10,7 @@
 constexpr float kLog2e = 1.44269504088896340736F;
 constexpr float kLn2 = 0.693147180559945309417F;
 constexpr float kNegInf = -__builtin_inff();
-constexpr std::int64_t kBlockKeys = 144;  // keys a block; a multiple of every tile height
+constexpr std::int64_t kMaxBlockKeys = kWindowBlockKeys;
 
 template <class T>
 struct Stored;
@@ -139,16 +139,8 @@ inline bool finite(float x) { return x - x == 0.0F; }
 template <class Dot, int NV>
 inline void spoilt_values(const Panel<NV>& panel, const typename Dot::Keys& keys, std::int64_t from,
                           std::int64_t to, std::int64_t d, const float* p, const vf* alpha) {
-    using Element = typename Dot::Element;
     constexpr int kLanes = NV * kWidth;
-    const std::int64_t count = Dot::value_count(keys, d);
-    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(Element);
-    std::memcpy(keys.spare, keys.v, bytes);
-    for (std::int64_t i = 0; i < count; ++i) {
-        keys.v[i] = finite(Stored<Element>::get(keys.v[i])) ? keys.v[i] : Element{0};
-    }
-    Dot::template values<NV>(keys, from, to, d, p, panel.o, alpha);
-    std::memcpy(keys.v, keys.spare, bytes);
+    Dot::template values<NV>(Dot::cleaned(keys, d), from, to, d, p, panel.o, alpha);
     for (std::int64_t j = from; j < to; ++j) {
         for (std::int64_t i = 0; i < d; ++i) {
             const float x = Dot::value(keys, j, d, i);
@@ -199,12 +191,12 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
         // of the largest visible key.
         hide(panel, from, to, 0.0F, s);
     }
-    bool clean = true;
+    vf poison = vset(0.0F);
     if (masked) {
         for_each_edge(panel, from, to,
-                      [&](std::int64_t j) { clean = clean && Dot::values_finite(keys, j, d); });
+                      [&](std::int64_t j) { poison = vadd(poison, Dot::poison(keys, j, d)); });
     }
-    if (clean && Dot::ends_clean(keys, from, to, d)) {
+    if (vall_finite(poison) && Dot::ends_clean(keys, from, to, d)) {
         Dot::template values<NV>(keys, from, to, d, s, panel.o, alpha);
     } else {
         spoilt_values<Dot, NV>(panel, keys, from, to, d, s, alpha);
@@ -399,7 +391,7 @@ std::size_t scratch_bytes(std::int64_t rows, std::int64_t d) {
     constexpr std::int64_t kLanes = NV * kWidth;
     const std::int64_t panels = (rows + kLanes - 1) / kLanes;
     const std::int64_t floats =
-        panels * (2 * d + 4) * kLanes + kBlockKeys * kLanes + Dot::copy_floats(d) + kLanes * d;
+        panels * (2 * d + 4) * kLanes + kMaxBlockKeys * kLanes + Dot::copy_floats(d) + kLanes * d;
     return static_cast<std::size_t>(floats) * sizeof(float) +
            static_cast<std::size_t>(panels) * sizeof(Panel<NV>);
 }
@@ -429,14 +421,15 @@ void run(const Block& block, std::byte* scratch) {
         next += n;
         return p;
     };
-    float* s = take(kBlockKeys * kLanes);
+    float* s = take(kMaxBlockKeys * kLanes);
     float* copies = take(Dot::copy_floats(d));
     float* staged = take(kLanes * d);
     float* panel_floats = take(count * (2 * d + 4) * kLanes);
     auto* panels = reinterpret_cast<Panel<NV>*>(next);
     const std::int64_t begin = block.rows[0].lo;
     const std::int64_t end = block.rows[block.row_count - 1].hi;
-    prefetch_rows<T>(block, begin, begin + kBlockKeys < end ? begin + kBlockKeys : end, 0, 1);
+    const std::int64_t step = block.block_keys;
+    prefetch_rows<T>(block, begin, begin + step < end ? begin + step : end, 0, 1);
     for (std::int64_t i = 0; i < count; ++i) {
         Panel<NV>& panel = panels[i];
         float* base = panel_floats + i * (2 * d + 4) * kLanes;
@@ -451,15 +444,15 @@ void run(const Block& block, std::byte* scratch) {
                                static_cast<int>(left < kLanes ? left : kLanes));
     }
     const float scale = block.scale * kLog2e;
-    // The grid of key blocks is the same for every row of every call.
-    for (std::int64_t grid = begin / kBlockKeys * kBlockKeys; grid < end; grid += kBlockKeys) {
+    // The grid of key blocks is the same for every row, whatever the call.
+    for (std::int64_t grid = begin / step * step; grid < end; grid += step) {
         const std::int64_t from = grid < begin ? begin : grid;
-        const std::int64_t to = grid + kBlockKeys < end ? grid + kBlockKeys : end;
+        const std::int64_t to = grid + step < end ? grid + step : end;
         const typename Dot::Keys keys = Dot::template load_keys<T>(block, from, to, copies);
         for (std::int64_t i = 0; i < count; ++i) {
             const std::int64_t j0 = panels[i].first > from ? panels[i].first : from;
             const std::int64_t j1 = panels[i].last < to ? panels[i].last : to;
-            prefetch_rows<T>(block, to, to + kBlockKeys < end ? to + kBlockKeys : end, i, count);
+            prefetch_rows<T>(block, to, to + step < end ? to + step : end, i, count);
             if (j0 < j1) {
                 attend<Dot, NV>(panels[i], keys, j0, j1, d, scale, s);
             }

@@ -1,6 +1,5 @@
 // Both matrix products of a block in fp32, included by the ISA files after
-// block_kernel.inl. Keys and values are copied: a block is read by every panel,
-// and the copy costs less than rows that fall into the same cache sets.
+// block_kernel.inl.
 
 // acc[r] += sum over i < n of a[r * a_row + i * a_step] b[i]
 template <int R, int NV>
@@ -35,11 +34,11 @@ constexpr std::int64_t chunk(std::int64_t d) {
 
 // s[r] = k[r] . q for R keys; top: the largest of them so far
 template <int R, int NV>
-inline void logit_tile(const float* k, std::int64_t d, std::int64_t chunk, const float* q, float* s,
-                       vf* top) {
+inline void logit_tile(const float* k, std::int64_t row, std::int64_t d, std::int64_t chunk,
+                       const float* q, float* s, vf* top) {
     for (std::int64_t i = 0; i < d; i += chunk) {
         vf acc[R][NV] = {};
-        dot(acc, k + i, d, 1, q + i * NV * kWidth, d - i < chunk ? d - i : chunk);
+        dot(acc, k + i, row, 1, q + i * NV * kWidth, d - i < chunk ? d - i : chunk);
         const bool last = i + chunk >= d;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
@@ -57,10 +56,10 @@ inline void logit_tile(const float* k, std::int64_t d, std::int64_t chunk, const
 // o[r] = alpha o[r] + sum over keys of v[key][r] p[key] for R channels. The sum
 // starts from zero: one chain through all blocks would be a long one.
 template <int R, int NV>
-inline void value_tile(const float* v, std::int64_t d, std::int64_t keys, const float* p, float* o,
-                       const vf* alpha) {
+inline void value_tile(const float* v, std::int64_t row, std::int64_t keys, const float* p,
+                       float* o, const vf* alpha) {
     vf acc[R][NV] = {};
-    dot(acc, v, 1, d, p, keys);
+    dot(acc, v, 1, row, p, keys);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -87,6 +86,12 @@ inline void copy_rows(const T* from, std::int64_t row, std::int64_t col, std::in
     }
 }
 
+// Rows a multiple of 1 KiB apart crowd into a few cache sets; those are copied,
+// and so is what is not fp32.
+inline bool lies_well(std::int64_t row, std::int64_t col, std::int64_t d) {
+    return col == 1 && (row == d || row % 256 != 0);
+}
+
 template <class T>
 inline const T* query(const Row& row) {
     return static_cast<const T*>(row.q);
@@ -94,25 +99,35 @@ inline const T* query(const Row& row) {
 
 template <class Input>  // float or bf16, as it lies in memory
 struct Fp32Dot {
-    using Element = float;
     struct Keys {
-        const float* k;           // [key][d]
-        float* v;                 // [key][d]
-        float* spare;             // as large as v
-        std::int64_t begin, end;  // keys
+        const float* k;             // [key][d]
+        const float* v;             // [key][d]
+        std::int64_t k_row, v_row;  // from key to key
+        float* spare;               // [key][d]
+        std::int64_t begin, end;    // keys
     };
 
-    static std::int64_t copy_floats(std::int64_t d) { return 3 * kBlockKeys * d; }
+    static std::int64_t copy_floats(std::int64_t d) { return 3 * kMaxBlockKeys * d; }
 
     template <class T>
     static Keys load_keys(const Block& block, std::int64_t begin, std::int64_t end, float* copies) {
-        float* k = copies;
-        float* v = copies + (end - begin) * block.width;
-        copy_rows(static_cast<const T*>(block.k) + begin * block.k_row, block.k_row, block.k_col,
-                  end - begin, block.width, k);
-        copy_rows(static_cast<const T*>(block.v) + begin * block.v_row, block.v_row, block.v_col,
-                  end - begin, block.width, v);
-        return {k, v, v + (end - begin) * block.width, begin, end};
+        const std::int64_t d = block.width;
+        const std::int64_t n = end - begin;
+        const auto* k = static_cast<const T*>(block.k) + begin * block.k_row;
+        const auto* v = static_cast<const T*>(block.v) + begin * block.v_row;
+        Keys keys{copies, copies + n * d, d, d, copies + 2 * n * d, begin, end};
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (lies_well(block.k_row, block.k_col, d) && lies_well(block.v_row, block.v_col, d)) {
+                keys.k = k;
+                keys.v = v;
+                keys.k_row = block.k_row;
+                keys.v_row = block.v_row;
+                return keys;
+            }
+        }
+        copy_rows(k, block.k_row, block.k_col, n, d, copies);
+        copy_rows(v, block.v_row, block.v_col, n, d, copies + n * d);
+        return keys;
     }
 
     // The scale is folded into q, in powers of two.
@@ -148,27 +163,37 @@ struct Fp32Dot {
         }
     }
 
-    static float value(const Keys& keys, std::int64_t j, std::int64_t d, std::int64_t i) {
-        return keys.v[(j - keys.begin) * d + i];
+    static float value(const Keys& keys, std::int64_t j, std::int64_t /*d*/, std::int64_t i) {
+        return keys.v[(j - keys.begin) * keys.v_row + i];
     }
 
-    static std::int64_t value_count(const Keys& keys, std::int64_t d) {
-        return (keys.end - keys.begin) * d;
+    // The same keys with zeros for values that are no numbers.
+    static Keys cleaned(const Keys& keys, std::int64_t d) {
+        for (std::int64_t j = keys.begin; j < keys.end; ++j) {
+            for (std::int64_t i = 0; i < d; ++i) {
+                const float x = value(keys, j, d, i);
+                keys.spare[(j - keys.begin) * d + i] = finite(x) ? x : 0.0F;
+            }
+        }
+        Keys clean = keys;
+        clean.v = keys.spare;
+        clean.v_row = d;
+        return clean;
     }
 
-    static bool values_finite(const Keys& keys, std::int64_t j, std::int64_t d) {
-        const float* v = keys.v + (j - keys.begin) * d;
-        vf poison = vset(0.0F);  // x - x is 0, or NaN for NaN and infinities
+    // 0, or NaN in some lane where a value of the key is no number.
+    static vf poison(const Keys& keys, std::int64_t j, std::int64_t d) {
+        const float* v = keys.v + (j - keys.begin) * keys.v_row;
+        vf sum = vset(0.0F);
         std::int64_t i = 0;
         for (; i + kWidth <= d; i += kWidth) {
             const vf x = vload(v + i);
-            poison = vadd(poison, vsub(x, x));
+            sum = vadd(sum, vsub(x, x));
         }
-        bool all = vall_finite(poison);
         for (; i < d; ++i) {
-            all = all && finite(v[i]);
+            sum = vadd(sum, vset(v[i] - v[i]));
         }
-        return all;
+        return sum;
     }
 
     // values() reads no key beside [from, to)
@@ -177,12 +202,13 @@ struct Fp32Dot {
     template <int NV>
     static void logits(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d,
                        float /*scale*/, const float* q, float* s, vf* top) {
-        const float* k = keys.k + (from - keys.begin) * d;
+        const float* k = keys.k + (from - keys.begin) * keys.k_row;
         for (std::int64_t left = to - from; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
-            with_height<kTileRows<NV>>(
-                n, [&]<int R>() { logit_tile<R, NV>(k, d, chunk<Input>(d), q, s, top); });
-            k += n * d;
+            with_height<kTileRows<NV>>(n, [&]<int R>() {
+                logit_tile<R, NV>(k, keys.k_row, d, chunk<Input>(d), q, s, top);
+            });
+            k += n * keys.k_row;
             s += n * NV * kWidth;
             left -= n;
         }
@@ -191,11 +217,11 @@ struct Fp32Dot {
     template <int NV>
     static void values(const Keys& keys, std::int64_t from, std::int64_t to, std::int64_t d,
                        const float* p, float* o, const vf* alpha) {
-        const float* v = keys.v + (from - keys.begin) * d;
+        const float* v = keys.v + (from - keys.begin) * keys.v_row;
         for (std::int64_t left = d; left > 0;) {
             const std::int64_t n = tile_height<kTileRows<NV>>(left);
             with_height<kTileRows<NV>>(
-                n, [&]<int R>() { value_tile<R, NV>(v, d, to - from, p, o, alpha); });
+                n, [&]<int R>() { value_tile<R, NV>(v, keys.v_row, to - from, p, o, alpha); });
             v += n;
             o += n * NV * kWidth;
             left -= n;
