@@ -241,10 +241,17 @@ class Forward {
         const Visibility<T> visible(a_, e_, b);
         std::int64_t t = begin / group_;
         std::int64_t head = begin % group_;
+        Row next = row(b, g * group_ + head, t);
         for (std::int64_t r = 0; r < count; ++r) {
-            rows[r] = row(b, g * group_ + head, t, visible);
+            rows[r] = next;
+            see(rows[r], visible, t);
             head = head + 1 == group_ ? 0 : head + 1;
             t += head == 0 ? 1 : 0;
+            if (r + 1 < count && group_ == 1) {
+                step(next);
+            } else if (r + 1 < count) {
+                next = row(b, g * group_ + head, t);
+            }
         }
         Block block{};
         block.rows = rows;
@@ -281,22 +288,32 @@ class Forward {
         return true;
     }
 
-    [[nodiscard]] Row row(std::int64_t b, std::int64_t h, std::int64_t t,
-                          const Visibility<T>& visible) const noexcept {
-        const Range range = visible.of(t);
+    [[nodiscard]] Row row(std::int64_t b, std::int64_t h, std::int64_t t) const noexcept {
         Row r{};
         r.q = a_.q.at(b, h, t, 0);
         r.gate = a_.gate.present() ? a_.gate.at(b, h, t, 0) : nullptr;
         r.out = a_.out.at(b, h, t, 0);
         r.lse = a_.lse.present() ? a_.lse.at(b, h, t) : nullptr;
         r.sink = a_.sinks.present() ? *a_.sinks.at(h) : kNoSink;
+        return r;
+    }
+
+    // To the next query of the same head.
+    void step(Row& r) const noexcept {
+        r.q = static_cast<const T*>(r.q) + a_.q.stride[2];
+        r.gate = r.gate != nullptr ? static_cast<const T*>(r.gate) + a_.gate.stride[2] : nullptr;
+        r.out = static_cast<T*>(r.out) + a_.out.stride[2];
+        r.lse = r.lse != nullptr ? r.lse + a_.lse.stride[2] : nullptr;
+    }
+
+    void see(Row& r, const Visibility<T>& visible, std::int64_t t) const noexcept {
+        const Range range = visible.of(t);
         r.lo = range.lo;
         r.hi = range.hi;
         if (first_key_apart_) {
             r.sees_first = r.lo <= visible.first() && visible.first() < r.hi;
             r.lo = std::max(r.lo, visible.first() + 1);
         }
-        return r;
     }
 
     // Sum of the gates of one head in one strip: strips, unlike blocks, do not

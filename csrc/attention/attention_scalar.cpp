@@ -32,6 +32,7 @@ inline vf vadd(vf a, vf b) { return a + b; }
 inline vf vsub(vf a, vf b) { return a - b; }
 inline vf vmul(vf a, vf b) { return a * b; }
 inline vf vdiv(vf a, vf b) { return a / b; }
+inline vf vreciprocal(vf x) { return vset(1.0F) / x; }
 inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }

@@ -242,7 +242,7 @@ inline float sigmoid(float x) { return 1.0F / (1.0F + __builtin_expf(-x)); }
 
 inline vf vsigmoid(vf x) {
     const vf e = vexp2(vmin(vset(126.0F), vmul(x, vset(-kLog2e))));
-    return vdiv(vset(1.0F), vadd(vset(1.0F), e));
+    return vreciprocal(vadd(vset(1.0F), e));
 }
 
 // Writes one row: out = factor * o (* sigmoid(gate) element by element), o

@@ -5,6 +5,7 @@
 #include "attention/attention.h"
 #include "bind/bind.h"
 #include "bind/torch_shim.h"
+#include "common/pages.h"
 #include "common/parallel.h"
 
 namespace quernstone::bind {
@@ -207,6 +208,9 @@ void forward(const Call& call, Tensor& out, Tensor* lse, Tensor* importance) {
     }
     out = shim::empty(4, args.q.extent.data(), call.q.dtype());
     args.out = view<T, 4>(out);
+    const auto& n = args.out.extent;
+    prefer_huge_pages(args.out.data,
+                      static_cast<std::size_t>(n[0] * n[1] * n[2] * n[3]) * sizeof(T));
     if (lse != nullptr) {
         *lse = shim::empty(3, args.q.extent.data(), shim::dtype::kFloat32);
         *importance = shim::empty(1, &args.q.extent[1], shim::dtype::kFloat32);

@@ -106,9 +106,15 @@ def sink_attention(
     """
     if causal is not True and causal is not False:
         raise TypeError(f"causal: got {type(causal).__name__}, expected bool")
-    if torch.is_grad_enabled():
-        _refuse_gradients(q, k, v, sinks, gate)
     try:
+        if torch.is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (sinks is not None and sinks.requires_grad)
+            or (gate is not None and gate.requires_grad)
+        ):
+            _refuse_gradients(q, k, v, sinks, gate)
         # By position: torch parses keywords more slowly than a short kernel runs.
         if return_aux:
             padding = (key_start, key_lengths)
@@ -122,7 +128,7 @@ def sink_attention(
             q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths
         )
         return plain
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, AttributeError):
         # torch's dispatcher refuses wrong types and devices in its own words.
         _explain(locals())
         raise
