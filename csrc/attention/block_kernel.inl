@@ -322,6 +322,12 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
             }
         }
     }
+    for (int lane = 0; lane < panel.row_count; ++lane) {
+        const T* out = static_cast<const T*>(panel.rows[lane].out);
+        for (std::int64_t i = 0; i < d; i += 64 / std::int64_t{sizeof(T)}) {
+            __builtin_prefetch(out + i, 1);
+        }
+    }
     alignas(64) float sink[kLanes];
     alignas(64) float factor[kLanes];
     alignas(64) float gate[kLanes];
