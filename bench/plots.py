@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from matplotlib import rc_context
@@ -120,7 +121,7 @@ def roofline(rows: Sequence[Row], machine_rows: Sequence[Row]) -> Figure | None:
         left, right = 0.5, max(x for x, _, _ in points) * 3
         rates = [rate for _, rate, _ in points]
         for threads in sorted({row.threads for _, _, row in points}):
-            roof = limits.get(f"machine.mm.fp32.t{threads}")
+            roof = limits.get(f"machine.mm.fp32.t{threads}") or _own_limit(rows, threads)
             slope = limits.get(f"machine.dram.read.t{threads}")
             _roof(axis, roof, slope, left, right, threads)
             rates += [rate for rate in (roof,) if rate]
@@ -143,6 +144,16 @@ def roofline(rows: Sequence[Row], machine_rows: Sequence[Row]) -> Figure | None:
         axis.set_ylabel("GF/s")
         _thread_legend(axis, {row.threads for _, _, row in points}, place="lower right")
     return figure
+
+
+def _own_limit(rows: Sequence[Row], threads: int) -> float | None:
+    """The arithmetic limit beside which the rows themselves were measured."""
+    found = [
+        row.limit.value
+        for row in rows
+        if row.limit is not None and row.threads == threads and row.limit.unit == "GF/s"
+    ]
+    return median(found) if found else None
 
 
 def _roof(

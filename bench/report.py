@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from statistics import median
 
 from quernstone.bench import plots, words
 from quernstone.bench.rows import RivalResult, Row
@@ -72,7 +73,8 @@ def _vertical(name: str, results: Results, machine_rows: Sequence[Row]) -> str:
         (
             plots.roofline(rows, machine_rows),
             "Below the machine's limits",
-            "Circles are fp32, diamonds bf16; solid lines arithmetic, dashed lines memory.",
+            "Circles are fp32, diamonds bf16; a solid line is arithmetic's limit, a dashed one "
+            "memory's.",
         ),
     ]
     drawn = [
@@ -99,16 +101,16 @@ def _vertical(name: str, results: Results, machine_rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """One sentence: how much faster than whom, and how many promises are open."""
+    """One sentence: how much faster than the fastest rival, and how many promises are open."""
     parts = []
-    best: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
     for row in rows:
         for name, rival in row.rivals.items():
             if rival.ratio is not None and rival.ratio_p20 is not None:
-                best.setdefault(name, []).append(rival.ratio)
-    if best:
-        name = max(best, key=lambda key: max(best[key]))
-        parts.append(f"up to {words.ratio(max(best[name]))} the speed of {name}")
+                ratios.setdefault(name, []).append(rival.ratio)
+    if ratios:
+        name = min(ratios, key=lambda key: median(ratios[key]))
+        parts.append(f"{_range(ratios[name], 1, '×')} the speed of {name}, the fastest rival")
     verdicts = [verdict for row in rows for verdict in row.target]
     missed = sum(not verdict["met"] for verdict in verdicts)
     if verdicts:
@@ -116,7 +118,7 @@ def headline(rows: Sequence[Row]) -> str:
         parts.append(f"{missed} of {count} promises open" if missed else "every promise met")
     if not parts:
         return f"{len(rows)} rows"
-    sentence = ", ".join(parts)
+    sentence = "; ".join(parts)
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -128,13 +130,15 @@ def _ranges(rows: Sequence[Row]) -> list[tuple[str, str]]:
                 found.setdefault(f"the speed of {name}", []).append(rival.ratio)
         if row.limit is not None and row.percent_of_limit is not None:
             found.setdefault(f"of {row.limit.name}", []).append(row.percent_of_limit)
-    ranges = []
-    for name, values in found.items():
-        digits = 0 if name.startswith("of ") else 1
-        low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-        unit = " %" if digits == 0 else "×"
-        ranges.append((f"{low}{unit}" if low == high else f"{low}–{high}{unit}", name))
-    return ranges
+    return [
+        (_range(values, 0, " %") if name.startswith("of ") else _range(values, 1, "×"), name)
+        for name, values in found.items()
+    ]
+
+
+def _range(values: Sequence[float], digits: int, unit: str) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return f"{low}{unit}" if low == high else f"{low}–{high}{unit}"
 
 
 def _figure(svg: str, title: str, caption: str, kind: str = "") -> str:

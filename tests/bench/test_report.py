@@ -115,10 +115,10 @@ def test_ids_inside_figures_are_unique(page: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_headline_names_the_widest_lead_and_what_is_open() -> None:
+def test_headline_names_the_fastest_rival_and_what_is_open() -> None:
     rows = [row for row in _results().rows if row.vertical == "attention"]
     headline = report.headline(rows)
-    assert headline.startswith("Up to 9.00× the speed of eager")
+    assert headline.startswith("9.0× the speed of eager, the fastest rival")
     assert "1 of 2 promises open" in headline
 
 
