@@ -31,7 +31,7 @@ run: system-run .venv/built
 	$(BIN)/quernstone bench --quick $(PICK)
 
 test: system-test lint .venv/built
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --no-skips $(TESTS)
 
 bench: system-run .venv/built
 	$(BIN)/quernstone bench $(PICK)

@@ -1,5 +1,6 @@
 """The page: whole in itself, and what a browser makes of it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -151,6 +152,10 @@ def test_a_browser_draws_the_page(page: Path, tmp_path: Path, width: int) -> Non
 
 def _chromium(folder: Path, *arguments: str) -> str:
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    # A sanitizer that this process was started with is not the browser's.
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
