@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,7 @@ def info() -> None:
     facts.add_row("processor", machine.cpu_name())
     for name in ("torch", "numpy", "triton"):
         facts.add_row(name, machine.version(name) or "[yellow]missing[/yellow]")
-    facts.add_row("python", f"{machine.platform.python_version()}, typer {version('typer')}")
+    facts.add_row("python", f"{platform.python_version()}, typer {version('typer')}")
     console.print(facts)
 
     console.print()
