@@ -30,10 +30,10 @@ struct ForwardArgs {
     View<const std::int64_t, 1> key_start;    // [b] first visible key; may be absent
     View<const std::int64_t, 1> key_lengths;  // [b] end of the visible keys; may be absent
 
-    View<T, 4> out;                  // [b, h, t, d], contiguous
-    View<float, 3> lse;              // [b, h, t] nats, the sink left out; may be absent
-    View<const bool, 2> token_mask;  // [b, t] tokens that count; absent: all
-    View<float, 1> importance;       // [h] mean gate; may be absent
+    View<T, 4> out;                          // [b, h, t, d], contiguous
+    View<float, 3> lse;                      // [b, h, t] nats, the sink left out; may be absent
+    View<const std::uint8_t, 2> token_mask;  // [b, t] not 0: counts; absent: all
+    View<float, 1> importance;               // [h] mean gate; may be absent
 };
 
 // Checks every extent before reading memory. A row with no visible key gives

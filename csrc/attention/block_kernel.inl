@@ -39,11 +39,12 @@ struct Stored<std::uint16_t> {  // bf16
     }
 };
 
-// 2^x for x <= 126; x below -126 gives about 1e-38. Exact at 0. Relative error
-// at most 1.7e-7. NaN stays NaN.
+// 2^x for x <= 127; 0 below -126.5. Exact at 0. Relative error at most 1.7e-7.
+// Any NaN stays one.
 inline vf vexp2(vf x) {
-    const vf shift = vset(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
-    x = vmax(vset(-125.0F), x);
+    // 1.5 * 2^23 rounds to an integer; 127 makes that integer the exponent field.
+    const vf shift = vset(12582912.0F + 127.0F);
+    x = vmax(vset(-127.0F), x);
     const vf t = vadd(x, shift);
     const vf f = vsub(x, vsub(t, shift));
     vf p = vset(0x1.5bba14p-10F);
@@ -52,7 +53,7 @@ inline vf vexp2(vf x) {
     p = vfma(p, f, vset(0x1.ebf9bcp-3F));
     p = vfma(p, f, vset(0x1.62e42ap-1F));
     p = vfma(p, f, vset(1.0F));
-    return vscale(p, t);
+    return vmul(p, vpower(t));
 }
 
 // Tile heights that end without a tile of one or two rows where possible:
@@ -119,15 +120,14 @@ inline void for_each_edge(const Panel<NV>& panel, std::int64_t from, std::int64_
     }
 }
 
-// s[j] = other where a row does not see key j
+// s[j] = -inf where a row does not see key j
 template <int NV>
-inline void hide(const Panel<NV>& panel, std::int64_t from, std::int64_t to, float other,
-                 float* s) {
+inline void hide(const Panel<NV>& panel, std::int64_t from, std::int64_t to, float* s) {
     for_each_edge(panel, from, to, [&](std::int64_t j) {
         for (int n = 0; n < NV; ++n) {
             float* at = s + ((j - from) * NV + n) * kWidth;
             vstore(at, vwhere_visible(vload(panel.lo + n * kWidth), vload(panel.hi + n * kWidth),
-                                      static_cast<std::int32_t>(j), vload(at), vset(other)));
+                                      static_cast<std::int32_t>(j), vload(at), vset(kNegInf)));
         }
     });
 }
@@ -164,7 +164,7 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
     }
     Dot::template logits<NV>(keys, from, to, d, scale, panel.q, s, top);
     if (masked) {
-        hide(panel, from, to, kNegInf, s);
+        hide(panel, from, to, s);
         for (int n = 0; n < NV; ++n) {
             top[n] = vset(kNegInf);
             for (std::int64_t j = 0; j < to - from; ++j) {
@@ -185,11 +185,6 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
     exp_rows<NV>(s, to - from, top, sum);
     for (int n = 0; n < NV; ++n) {
         vstore(panel.l + n * kWidth, vfma(alpha[n], vload(panel.l + n * kWidth), sum[n]));
-    }
-    if (masked) {
-        // A hidden key has added about 1e-38 to the sum: nothing, beside the 1
-        // of the largest visible key.
-        hide(panel, from, to, 0.0F, s);
     }
     vf poison = vset(0.0F);
     if (masked) {
@@ -379,7 +374,10 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
             g = blind ? 0.0F : sigmoid(Stored<T>::get(*static_cast<const T*>(row.gate)));
             f *= g;
         }
-        const float sum = store_row<T>(row, block, staged + lane * d, f);
+        if (blind) {
+            std::memset(row.out, 0, static_cast<std::size_t>(d) * sizeof(T));
+        }
+        const float sum = blind ? 0.0F : store_row<T>(row, block, staged + lane * d, f);
         if (block.gate == GateShape::kPerElement) {
             g = blind ? 0.0F : sum / static_cast<float>(d);
         }
