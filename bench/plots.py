@@ -121,7 +121,7 @@ def roofline(rows: Sequence[Row], machine_rows: Sequence[Row]) -> Figure | None:
         left, right = 0.5, max(x for x, _, _ in points) * 3
         rates = [rate for _, rate, _ in points]
         for threads in sorted({row.threads for _, _, row in points}):
-            roof = limits.get(f"machine.mm.fp32.t{threads}") or _own_limit(rows, threads)
+            roof = _own_limit(rows, threads) or limits.get(f"machine.mm.fp32.t{threads}")
             slope = limits.get(f"machine.dram.read.t{threads}")
             _roof(axis, roof, slope, left, right, threads)
             rates += [rate for rate in (roof,) if rate]
@@ -147,7 +147,7 @@ def roofline(rows: Sequence[Row], machine_rows: Sequence[Row]) -> Figure | None:
 
 
 def _own_limit(rows: Sequence[Row], threads: int) -> float | None:
-    """The arithmetic limit beside which the rows themselves were measured."""
+    """The arithmetic limit that was measured in the rounds of the rows themselves."""
     found = [
         row.limit.value
         for row in rows

@@ -72,7 +72,7 @@ def _vertical(name: str, results: Results, machine_rows: Sequence[Row]) -> str:
         ),
         (
             plots.roofline(rows, machine_rows),
-            "Below the machine's limits",
+            "Beside the machine's limits",
             "Circles are fp32, diamonds bf16; a solid line is arithmetic's limit, a dashed one "
             "memory's.",
         ),
@@ -103,11 +103,7 @@ def _vertical(name: str, results: Results, machine_rows: Sequence[Row]) -> str:
 def headline(rows: Sequence[Row]) -> str:
     """One sentence: how much faster than the fastest rival, and how many promises are open."""
     parts = []
-    ratios: dict[str, list[float]] = {}
-    for row in rows:
-        for name, rival in row.rivals.items():
-            if rival.ratio is not None and rival.ratio_p20 is not None:
-                ratios.setdefault(name, []).append(rival.ratio)
+    ratios = _ratios(rows)
     if ratios:
         name = min(ratios, key=lambda key: median(ratios[key]))
         parts.append(f"{_range(ratios[name], 1, '×')} the speed of {name}, the fastest rival")
@@ -122,17 +118,24 @@ def headline(rows: Sequence[Row]) -> str:
     return sentence[0].upper() + sentence[1:] + "."
 
 
-def _ranges(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _ratios(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """By rival, how many times faster ours is; rivals timed in a single call are left out."""
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, rival in row.rivals.items():
             if rival.ratio is not None and rival.ratio_p20 is not None:
-                found.setdefault(f"the speed of {name}", []).append(rival.ratio)
+                found.setdefault(name, []).append(rival.ratio)
+    return found
+
+
+def _ranges(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    shares: dict[str, list[float]] = {}
+    for row in rows:
         if row.limit is not None and row.percent_of_limit is not None:
-            found.setdefault(f"of {row.limit.name}", []).append(row.percent_of_limit)
+            shares.setdefault(row.limit.name, []).append(row.percent_of_limit)
     return [
-        (_range(values, 0, " %") if name.startswith("of ") else _range(values, 1, "×"), name)
-        for name, values in found.items()
+        *((_range(x, 1, "×"), f"the speed of {name}") for name, x in _ratios(rows).items()),
+        *((_range(x, 0, " %"), f"of {name}") for name, x in shares.items()),
     ]
 
 

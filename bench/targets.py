@@ -93,11 +93,11 @@ def _targets(table: Any) -> list[Target]:
     strange = sorted(fields.keys() - {"measure", "comparison", "value", "words", "rival"})
     if strange:
         raise BadTargets(f"{named}: got {', '.join(strange)}, which no target has")
-    words = [*(ids if isinstance(ids, list) else [ids, None]), fields.get("words")]
-    value = fields.get("value")
-    if not all(isinstance(word, str) for word in words) or isinstance(value, bool):
+    texts = [*ids, fields.get("words")] if isinstance(ids, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
         raise BadTargets(f"{named}: expected a list of ids, and words that are words")
-    if not isinstance(value, int | float):
+    value = fields.get("value")
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadTargets(f"{named}: got the value {value!r}, expected a number")
     if fields.get("comparison") not in COMPARISONS:
         raise BadTargets(

@@ -114,7 +114,7 @@ def bench(
 
     - `quernstone bench --quick`
     - `quernstone bench --targets attention`
-    - `quernstone bench --only attention.forward.fp32 --out /tmp/forward`
+    - `quernstone bench --only attention.forward.fp32 --out out/forward`
     - `quernstone bench --quick --base HEAD~1 attention`
     """
     import sys

@@ -173,7 +173,7 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise ValueError(
                 f"{name}: got a tensor with a tangent, expected one without: "
-                "forward-mode gradients are not implemented"
+                "there are no forward-mode gradients"
             )
 
 
