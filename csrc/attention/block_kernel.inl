@@ -55,6 +55,15 @@ inline vf vexp2(vf x) {
     return vscale(p, t);
 }
 
+// 2^(x - y + low), low being small, with the digits that x - y loses (Knuth's two-sum)
+inline vf vexp2_of_difference(vf x, vf y, vf low) {
+    const vf d = vsub(x, y);
+    const vf part = vsub(d, x);
+    const vf lost = vsub(vsub(x, vsub(d, part)), vadd(y, part));
+    const vf p = vexp2(d);
+    return vfma(p, vmul(vset(kLn2), vadd(vzero_unless_finite(lost), low)), p);
+}
+
 // Tile heights that end without a tile of one or two rows where possible:
 // those run at the latency of the multiply-add.
 template <int kMax>
@@ -230,12 +239,20 @@ struct Normaliser {
     vf factor, gate;
 };
 
-inline Normaliser normalise(vf m, vf l, vf sink) {
+// `low` is what rounding has taken from the sink. The digits that the difference
+// loses where a sink is far above the logits would all be seen in the gate.
+inline Normaliser normalise(vf m, vf l, vf sink, vf low) {
     const vf top = vzero_if_equal(vmax(m, sink), kNegInf);
-    const vf keys = vexp2(vsub(m, top));
-    const vf rest = vexp2(vsub(sink, top));
-    const vf factor = vdiv(keys, vfma(l, keys, rest));
+    const vf key_share = vexp2_of_difference(m, top, vset(0.0F));
+    const vf sink_share = vexp2_of_difference(sink, top, low);
+    const vf factor = vdiv(key_share, vfma(l, key_share, sink_share));
     return {factor, vmul(l, factor)};
+}
+
+// log of l 2^m / 2^sink, in nats: infinite where there is no sink or no key
+inline float gate_logit(float m, float l, float sink) {
+    return sink == kNegInf ? -kNegInf : m == kNegInf ? kNegInf
+                                      : (m - sink) * kLn2 + __builtin_logf(l);
 }
 
 inline float sigmoid(float x) { return 1.0F / (1.0F + __builtin_expf(-x)); }
@@ -347,6 +364,11 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
             sink[lane] = sees ? sink[lane] : kNegInf;
             panel.lo[lane] = block.first_key;
             panel.hi[lane] = sees ? block.first_key + 1 : block.first_key;
+        }
+        for (int lane = 0; lane < panel.row_count; ++lane) {
+            if (panel.rows[lane].gate_logit != nullptr) {
+                *panel.rows[lane].gate_logit = gate_logit(panel.m[lane], panel.l[lane], sink[lane]);
+            }
         }
         for (int n = 0; n < NV; ++n) {
             vstore(gate + n * kWidth,
