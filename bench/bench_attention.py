@@ -233,7 +233,7 @@ def bench_error_beside_flash(case: AttentionCase, measure: Measure) -> None:
     AttentionCase("attention.call.fp32.q4.k4.d16.t1", 1, queries=4, keys=4, width=16),
 )
 def bench_call(case: AttentionCase, measure: Measure) -> None:
-    """What a call costs beyond the kernel: checks, the operator, the binding."""
+    """What a call costs beyond the compiled core: Python's checks, the operator, the binding."""
     run = _ours(case, case.inputs())
     error = _right(case).error(run())
     calls = 500 if measure.quick else 2000
@@ -253,7 +253,8 @@ def bench_call(case: AttentionCase, measure: Measure) -> None:
         return Spread.of(sample)
 
     row = measure.value(
-        what=f"a call beyond its kernel, {case.queries} queries, {case.keys} keys, D {case.width}",
+        what=f"a call beyond the compiled core, {case.queries} queries, {case.keys} keys, "
+        f"D {case.width}",
         unit="us",
         compute=beyond,
     )

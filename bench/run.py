@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,13 @@ def run(
     if json_path is not None:
         arguments.append(f"--benchmark-json={json_path}")
     log = io.StringIO()
-    with _quiet(), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        tempfile.TemporaryDirectory() as storage,
+        _quiet(),
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        arguments.append(f"--benchmark-storage={storage}")
         status = pytest.main(arguments, plugins=[collector])
     if status == pytest.ExitCode.USAGE_ERROR:
         raise ValueError(_usage_error(log.getvalue()))
@@ -109,15 +116,19 @@ def run(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps progress bars and chatter of other libraries off the terminal."""
+    """Keeps progress bars off the terminal and the options of others out of the run."""
     calm = {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    saved = {name: os.environ.get(name) for name in calm}
+    # What a user sets for the tests of another project is not for this run of pytest.
+    foreign = [name for name in os.environ if name.startswith("PYTEST_")]
+    saved = {name: os.environ.get(name) for name in (*calm, *foreign)}
     os.environ.update({name: value for name, value in calm.items() if saved[name] is None})
+    for name in foreign:
+        del os.environ[name]
     try:
         with warnings.catch_warnings():
             # A warning of a rival is for the log, even in a process that makes warnings errors.
@@ -127,6 +138,8 @@ def _quiet() -> Iterator[None]:
         for name, value in saved.items():
             if value is None:
                 os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _usage_error(log: str) -> str:

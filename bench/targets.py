@@ -70,30 +70,46 @@ class BadTargets(ValueError):
 
 
 def load(path: Path | None = None) -> list[Target]:
-    """Reads `[[target]]` tables; `ids` names every row that the same line holds for."""
-    tables = tomllib.loads((path or PATH).read_text(encoding="utf-8")).get("target", [])
-    targets: list[Target] = []
-    for table in tables:
-        table = dict(table)
-        ids = table.pop("ids", None) or [table.pop("id")]
-        for row_id in ids:
-            target = Target(id=row_id, **table)
-            _check(target)
-            targets.append(target)
-    return targets
+    """Reads `[[target]]` tables; `ids` names every row that the same line holds for.
+
+    Raises BadTargets that says which table is wrong and why.
+    """
+    try:
+        contract = tomllib.loads((path or PATH).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadTargets(f"{path or PATH}: {error}") from None
+    tables = contract.pop("target", [])
+    if contract or not isinstance(tables, list):
+        raise BadTargets(f"{path or PATH}: expected [[target]] tables and nothing else")
+    return [target for table in tables for target in _targets(table)]
 
 
-def _check(target: Target) -> None:
-    if target.comparison not in COMPARISONS:
+def _targets(table: Any) -> list[Target]:
+    fields: dict[str, Any] = dict(table) if isinstance(table, dict) else {}
+    named = str(fields.get("id", fields.get("ids", table)))
+    if ("id" in fields) == ("ids" in fields):
+        raise BadTargets(f"{named}: expected either id or ids")
+    ids = fields.pop("ids", None) or [fields.pop("id", None)]
+    strange = sorted(fields.keys() - {"measure", "comparison", "value", "words", "rival"})
+    if strange:
+        raise BadTargets(f"{named}: got {', '.join(strange)}, which no target has")
+    words = [*(ids if isinstance(ids, list) else [ids, None]), fields.get("words")]
+    value = fields.get("value")
+    if not all(isinstance(word, str) for word in words) or isinstance(value, bool):
+        raise BadTargets(f"{named}: expected a list of ids, and words that are words")
+    if not isinstance(value, int | float):
+        raise BadTargets(f"{named}: got the value {value!r}, expected a number")
+    if fields.get("comparison") not in COMPARISONS:
         raise BadTargets(
-            f"{target.id}: comparison {target.comparison!r}, expected one of {list(COMPARISONS)}"
+            f"{named}: comparison {fields.get('comparison')!r}, expected one of {list(COMPARISONS)}"
         )
-    if target.measure not in MEASURES:
+    if fields.get("measure") not in MEASURES:
         raise BadTargets(
-            f"{target.id}: measure {target.measure!r}, expected one of {list(MEASURES)}"
+            f"{named}: measure {fields.get('measure')!r}, expected one of {list(MEASURES)}"
         )
-    if (target.measure == "ratio") != (target.rival is not None):
-        raise BadTargets(f"{target.id}: a ratio names its rival, and nothing else does")
+    if (fields["measure"] == "ratio") != isinstance(fields.get("rival"), str):
+        raise BadTargets(f"{named}: a ratio names its rival, and nothing else does")
+    return [Target(id=row_id, **fields) for row_id in ids]
 
 
 def judge(row: Row, targets: Iterable[Target]) -> None:

@@ -1,6 +1,8 @@
 """The command line: what it says, what it writes, and how it ends."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,42 @@ def test_what_cannot_be_done_ends_with_2_and_a_sentence(
     result = _call("bench", *arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("under", ["", "/deeper"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
+    fake_vertical: Path, under: str
+) -> None:
+    (fake_vertical / "file").write_text("kept")
+    result = _call("bench", "--out", f"{fake_vertical / 'file'}{under}")
+    assert result.exit_code == 2
+    assert "is no folder to write to" in result.output
+    assert (fake_vertical / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["heads", "heads.bogus"])
+def test_heads_refuses_a_picture_of_an_unknown_kind(tmp_path: Path, name: str) -> None:
+    result = _call("attention", "heads", "--out", str(tmp_path / name))
+    assert result.exit_code == 2
+    assert "expected a name in .svg" in result.output
+
+
+def test_a_second_import_finds_the_operators_of_the_first(tmp_path: Path) -> None:
+    code = """
+import os, importlib
+os.environ["QUERNSTONE_ISA"] = "foo"
+try:
+    import quernstone
+except ImportError as error:
+    assert "QUERNSTONE_ISA: got 'foo', expected one of ['baseline'" in str(error), error
+del os.environ["QUERNSTONE_ISA"]
+import quernstone, torch
+importlib.reload(quernstone._config)
+from quernstone.attention import sink_attention
+x = torch.ones(1, 1, 2, 16)
+assert sink_attention(x, x, x, kind="vanilla").shape == x.shape
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_heads_refuses_a_model_that_is_no_folder() -> None:

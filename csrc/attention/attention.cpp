@@ -147,7 +147,9 @@ class Forward {
         block.v_col = a_.v.stride[3];
         block.gate_col = a_.gate.stride[3];
         block.width = e_.d;
-        block.block_keys = windowed_ ? kWindowBlockKeys : kBlockKeys;
+        // By the window alone, so that a row's bits do not depend on the length of the call.
+        const bool few = a_.window > 0 && a_.window <= kWindowBlockKeys;
+        block.block_keys = few ? kWindowBlockKeys : kBlockKeys;
         block.scale = a_.scale;
         block.gate = a_.kind != Kind::kGated  ? GateShape::kNone
                      : a_.gate.extent[3] == 1 ? GateShape::kPerRow
@@ -201,7 +203,7 @@ class Forward {
         r.hi = range.hi;
         if (first_key_apart_) {
             r.sees_first = r.lo <= visible.first() && visible.first() < r.hi;
-            r.lo = std::max(r.lo, visible.first() + 1);
+            r.lo = std::max(r.lo, visible.after_first());
         }
     }
 
@@ -215,7 +217,7 @@ class Forward {
     // A token whose gate nobody can tell (it sees no key, or none beside the
     // first) is not part of the mean.
     [[nodiscard]] bool counts(std::int64_t b, std::int64_t t, const Row& r) const noexcept {
-        return r.lo < r.hi && (!a_.token_mask.present() || *a_.token_mask.at(b, t));
+        return r.lo < r.hi && (!a_.token_mask.present() || *a_.token_mask.at(b, t) != 0);
     }
 
     void reduce_importance() const noexcept {
@@ -225,7 +227,7 @@ class Forward {
             for (std::int64_t t = 0; t < e_.t; ++t) {
                 Row r{};
                 const Range range = visible.of(t);
-                r.lo = first_key_apart_ ? std::max(range.lo, visible.first() + 1) : range.lo;
+                r.lo = first_key_apart_ ? std::max(range.lo, visible.after_first()) : range.lo;
                 r.hi = range.hi;
                 counted += counts(b, t, r) ? 1 : 0;
             }

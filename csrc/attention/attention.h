@@ -32,7 +32,7 @@ struct ForwardArgs {
 
     View<T, 4> out;                  // [b, h, t, d], contiguous
     View<float, 3> lse;              // [b, h, t] nats, the sink left out; may be absent
-    View<const bool, 2> token_mask;  // [b, t] tokens that count; absent: all
+    View<const std::uint8_t, 2> token_mask;  // [b, t] not 0: counts; absent: all
     View<float, 1> importance;       // [h] mean gate; may be absent
     // [b, h, t] logit of the vanilla gate, for backward(); may be absent
     View<float, 3> gate_logit;

@@ -34,10 +34,9 @@ inline vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }  // b where either is NaN
 inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 
-// p times 2 to the integer in the low mantissa bits of t
-inline vf vscale(vf p, vf t) {
-    const vi exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+// The number whose exponent field is the low mantissa bits of t, its mantissa 0
+inline vf vpower(vf t) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
 }
 
 // lo <= j < hi ? x : other
@@ -49,6 +48,11 @@ inline vf vwhere_visible(vi lo, vi hi, std::int32_t j, vf x, vf other) {
 
 inline vf vzero_if_equal(vf x, float y) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, vset(y), _CMP_EQ_OQ), x);
+}
+
+// y > bound ? x : 0
+inline vf vzero_unless_above(vf y, float bound, vf x) {
+    return _mm256_and_ps(_mm256_cmp_ps(y, vset(bound), _CMP_GT_OQ), x);
 }
 
 inline bool vall_finite(vf x) {

@@ -37,10 +37,8 @@ inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 
-// p times 2 to the integer in the low mantissa bits of t
-inline vf vscale(vf p, vf t) {
-    return reinterpret_cast<vf>(reinterpret_cast<vu>(p) + (reinterpret_cast<vu>(t) << 23));
-}
+// The number whose exponent field is the low mantissa bits of t, its mantissa 0
+inline vf vpower(vf t) { return reinterpret_cast<vf>(reinterpret_cast<vu>(t) << 23); }
 
 // lo <= j < hi ? x : other
 inline vf vwhere_visible(vi lo, vi hi, std::int32_t j, vf x, vf other) {
@@ -49,6 +47,11 @@ inline vf vwhere_visible(vi lo, vi hi, std::int32_t j, vf x, vf other) {
 }
 
 inline vf vzero_if_equal(vf x, float y) { return x == vset(y) ? vset(0.0F) : x; }
+
+// y > bound ? x : 0
+inline vf vzero_unless_above(vf y, float bound, vf x) {
+    return y > vset(bound) ? x : vset(0.0F);
+}
 
 inline bool vall_finite(vf x) {
     const vi finite = (x - x) == vset(0.0F);

@@ -21,10 +21,9 @@ inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 
-// p times 2 to the integer in the low mantissa bits of t
-inline vf vscale(vf p, vf t) {
-    const vi exponent = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
+// The number whose exponent field is the low mantissa bits of t, its mantissa 0
+inline vf vpower(vf t) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
 }
 
 // lo <= j < hi ? x : other
@@ -37,6 +36,11 @@ inline vf vwhere_visible(vi lo, vi hi, std::int32_t j, vf x, vf other) {
 
 inline vf vzero_if_equal(vf x, float y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, vset(y), _CMP_NEQ_UQ), x);
+}
+
+// y > bound ? x : 0
+inline vf vzero_unless_above(vf y, float bound, vf x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, vset(bound), _CMP_GT_OQ), x);
 }
 
 inline bool vall_finite(vf x) {

@@ -155,8 +155,8 @@ class Backward {
                               std::int64_t t) const noexcept {
         const auto range = visible.of(t);
         const std::int32_t lo =
-            f_.kind == Kind::kVanilla ? std::max(range.lo, visible.first() + 1) : range.lo;
-        return lo < range.hi && (!f_.token_mask.present() || *f_.token_mask.at(b, t));
+            f_.kind == Kind::kVanilla ? std::max(range.lo, visible.after_first()) : range.lo;
+        return lo < range.hi && (!f_.token_mask.present() || *f_.token_mask.at(b, t) != 0);
     }
 
     void count_tokens() noexcept {

@@ -8,6 +8,7 @@
 // README.md derives the arithmetic.
 
 constexpr float kLog2e = 1.44269504088896340736F;
+constexpr float kLog2eLow = 1.92596303350089e-8F;  // log2(e) minus its fp32
 constexpr float kLn2 = 0.693147180559945309417F;
 constexpr float kNegInf = -__builtin_inff();
 constexpr std::int64_t kMaxBlockKeys = kWindowBlockKeys;
@@ -39,11 +40,12 @@ struct Stored<std::uint16_t> {  // bf16
     }
 };
 
-// 2^x for x <= 126; x below -126 gives about 1e-38. Exact at 0. Relative error
-// at most 1.7e-7. NaN stays NaN.
+// 2^x for x <= 127; 0 below -126.5. Exact at 0. Relative error at most 1.7e-7.
+// Any NaN stays one.
 inline vf vexp2(vf x) {
-    const vf shift = vset(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
-    x = vmax(vset(-125.0F), x);
+    // 1.5 * 2^23 rounds to an integer; 127 makes that integer the exponent field.
+    const vf shift = vset(12582912.0F + 127.0F);
+    x = vmax(vset(-127.0F), x);
     const vf t = vadd(x, shift);
     const vf f = vsub(x, vsub(t, shift));
     vf p = vset(0x1.5bba14p-10F);
@@ -52,16 +54,17 @@ inline vf vexp2(vf x) {
     p = vfma(p, f, vset(0x1.ebf9bcp-3F));
     p = vfma(p, f, vset(0x1.62e42ap-1F));
     p = vfma(p, f, vset(1.0F));
-    return vscale(p, t);
+    return vmul(p, vpower(t));
 }
 
 // 2^(x - y + low), low being small, with the digits that x - y loses (Knuth's two-sum)
 inline vf vexp2_of_difference(vf x, vf y, vf low) {
     const vf d = vsub(x, y);
     const vf part = vsub(d, x);
-    const vf lost = vsub(vsub(x, vsub(d, part)), vadd(y, part));
+    const vf lost = vadd(low, vsub(vsub(x, vsub(d, part)), vadd(y, part)));
     const vf p = vexp2(d);
-    return vfma(p, vmul(vset(kLn2), vadd(vzero_unless_finite(lost), low)), p);
+    // Below, p is 0 and what was lost may be no number.
+    return vfma(p, vmul(vset(kLn2), vzero_unless_above(d, -127.0F, lost)), p);
 }
 
 // Tile heights that end without a tile of one or two rows where possible:
@@ -128,15 +131,14 @@ inline void for_each_edge(const Panel<NV>& panel, std::int64_t from, std::int64_
     }
 }
 
-// s[j] = other where a row does not see key j
+// s[j] = -inf where a row does not see key j
 template <int NV>
-inline void hide(const Panel<NV>& panel, std::int64_t from, std::int64_t to, float other,
-                 float* s) {
+inline void hide(const Panel<NV>& panel, std::int64_t from, std::int64_t to, float* s) {
     for_each_edge(panel, from, to, [&](std::int64_t j) {
         for (int n = 0; n < NV; ++n) {
             float* at = s + ((j - from) * NV + n) * kWidth;
             vstore(at, vwhere_visible(vload(panel.lo + n * kWidth), vload(panel.hi + n * kWidth),
-                                      static_cast<std::int32_t>(j), vload(at), vset(other)));
+                                      static_cast<std::int32_t>(j), vload(at), vset(kNegInf)));
         }
     });
 }
@@ -173,7 +175,7 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
     }
     Dot::template logits<NV>(keys, from, to, d, scale, panel.q, s, top);
     if (masked) {
-        hide(panel, from, to, kNegInf, s);
+        hide(panel, from, to, s);
         for (int n = 0; n < NV; ++n) {
             top[n] = vset(kNegInf);
             for (std::int64_t j = 0; j < to - from; ++j) {
@@ -194,11 +196,6 @@ inline void attend(const Panel<NV>& panel, const typename Dot::Keys& keys, std::
     exp_rows<NV>(s, to - from, top, sum);
     for (int n = 0; n < NV; ++n) {
         vstore(panel.l + n * kWidth, vfma(alpha[n], vload(panel.l + n * kWidth), sum[n]));
-    }
-    if (masked) {
-        // A hidden key has added about 1e-38 to the sum: nothing, beside the 1
-        // of the largest visible key.
-        hide(panel, from, to, 0.0F, s);
     }
     vf poison = vset(0.0F);
     if (masked) {
@@ -346,12 +343,15 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
         }
     }
     alignas(64) float sink[kLanes];
+    alignas(64) float low[kLanes];  // what rounding takes from the sink
     alignas(64) float factor[kLanes];
     alignas(64) float gate[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
         const int r = lane < panel.row_count ? lane : panel.row_count - 1;
-        const float x = panel.rows[r].sink * kLog2e;
+        const float nats = panel.rows[r].sink;
+        const float x = nats * kLog2e;
         sink[lane] = x > __FLT_MAX__ ? __FLT_MAX__ : x;  // infinity minus itself is no number
+        low[lane] = finite(x) ? __builtin_fmaf(nats, kLog2e, -x) + nats * kLog2eLow : 0.0F;
     }
     if (block.first_key >= 0) {
         const std::int64_t first = block.first_key;
@@ -362,6 +362,7 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
             const int r = lane < panel.row_count ? lane : panel.row_count - 1;
             const bool sees = panel.rows[r].sees_first;
             sink[lane] = sees ? sink[lane] : kNegInf;
+            low[lane] = 0.0F;
             panel.lo[lane] = block.first_key;
             panel.hi[lane] = sees ? block.first_key + 1 : block.first_key;
         }
@@ -373,7 +374,7 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
         for (int n = 0; n < NV; ++n) {
             vstore(gate + n * kWidth,
                    normalise(vload(panel.m + n * kWidth), vload(panel.l + n * kWidth),
-                             vload(sink + n * kWidth))
+                             vload(sink + n * kWidth), vload(low + n * kWidth))
                        .gate);
         }
         Panel<NV> only = panel;
@@ -385,7 +386,7 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
     }
     for (int n = 0; n < NV; ++n) {
         const Normaliser x = normalise(vload(panel.m + n * kWidth), vload(panel.l + n * kWidth),
-                                       vload(sink + n * kWidth));
+                                       vload(sink + n * kWidth), vload(low + n * kWidth));
         vstore(factor + n * kWidth, x.factor);
         if (block.first_key < 0) {
             vstore(gate + n * kWidth, x.gate);
@@ -401,7 +402,10 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
             g = blind ? 0.0F : sigmoid(Stored<T>::get(*static_cast<const T*>(row.gate)));
             f *= g;
         }
-        const float sum = store_row<T>(row, block, staged + lane * d, f);
+        if (blind) {
+            std::memset(row.out, 0, static_cast<std::size_t>(d) * sizeof(T));
+        }
+        const float sum = blind ? 0.0F : store_row<T>(row, block, staged + lane * d, f);
         if (block.gate == GateShape::kPerElement) {
             g = blind ? 0.0F : sum / static_cast<float>(d);
         }

@@ -132,6 +132,9 @@ class Visibility {
     }
 
     [[nodiscard]] std::int32_t first() const noexcept { return static_cast<std::int32_t>(start_); }
+    [[nodiscard]] std::int32_t after_first() const noexcept {
+        return static_cast<std::int32_t>(std::min(start_ + 1, kMaxKeys));
+    }
 
    private:
     std::int64_t start_, length_, offset_, window_;

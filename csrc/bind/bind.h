@@ -6,7 +6,7 @@
 
 namespace quernstone::bind {
 
-// Throws what Python shall see: ValueError, or MemoryError.
+// Throws what Python shall see as a ValueError, or where memory is short as a RuntimeError.
 void raise(const Status& status);
 
 // Operators of one vertical with torch, and its functions of _core.

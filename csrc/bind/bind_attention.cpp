@@ -1,4 +1,5 @@
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -118,8 +119,10 @@ View<T, N> view(const Tensor& x) {
     return out;
 }
 
-std::vector<float> to_float(const Tensor& x) {
-    const std::int64_t n = x.shape()[0];
+// The numbers of a vector, unless it has another length than it should: then
+// nothing is copied, and forward() names the length.
+std::vector<float> to_float(const Tensor& x, std::int64_t want) {
+    const std::int64_t n = x.shape()[0] == want ? want : 0;
     const std::int64_t stride = x.strides()[0];
     std::vector<float> out(static_cast<std::size_t>(n));
     for (std::int64_t i = 0; i < n; ++i) {
@@ -133,12 +136,12 @@ std::vector<float> to_float(const Tensor& x) {
     return out;
 }
 
-std::vector<std::int64_t> to_int64(const Tensor& x, const Name& name) {
+std::vector<std::int64_t> to_int64(const Tensor& x, const Name& name, std::int64_t want) {
     expect(x, name, 1);
     if (x.dtype() != shim::dtype::kInt32 && x.dtype() != shim::dtype::kInt64) {
         refuse(name.dtype, shim::dtype_name(x.dtype()), "torch.int64 or torch.int32");
     }
-    const std::int64_t n = x.shape()[0];
+    const std::int64_t n = x.shape()[0] == want ? want : 0;
     const std::int64_t stride = x.strides()[0];
     std::vector<std::int64_t> out(static_cast<std::size_t>(n));
     for (std::int64_t i = 0; i < n; ++i) {
@@ -151,9 +154,9 @@ std::vector<std::int64_t> to_int64(const Tensor& x, const Name& name) {
 }
 
 template <class T>
-View<const T, 1> view(const std::vector<T>& x) {
-    const T* data = x.empty() ? reinterpret_cast<const T*>(alignof(T)) : x.data();
-    return {data, {static_cast<std::int64_t>(x.size())}, {1}};
+View<const T, 1> view(const std::vector<T>& copy, const Tensor& x) {
+    const T* data = copy.empty() ? reinterpret_cast<const T*>(alignof(T)) : copy.data();
+    return {data, {x.shape()[0]}, {1}};
 }
 
 // [b, h, t, 1 or d] of a gate [b, h, t] or [b, h, t, d]
@@ -190,16 +193,19 @@ void prepare(const Call& call, Prepared<T>& to) {
             raise(invalid("window", args.window, "at least 1"));
         }
     }
-    args.scale = call.scale
-                     ? static_cast<float>(shim::unbox<double>(*call.scale))
-                     : static_cast<float>(1.0 / std::sqrt(static_cast<double>(args.q.extent[3])));
+    const double scale = call.scale ? shim::unbox<double>(*call.scale)
+                                    : 1.0 / std::sqrt(static_cast<double>(args.q.extent[3]));
+    if (call.scale && std::fabs(scale) > double{std::numeric_limits<float>::max()}) {
+        refuse("scale", std::to_string(scale).c_str(), "a finite number that fp32 holds");
+    }
+    args.scale = static_cast<float>(scale);
     if (call.sinks) {
         expect(*call.sinks, QS_NAME("sinks"), 1);
         if (call.sinks->dtype() != shim::dtype::kFloat32) {
             expect_dtype(*call.sinks, QS_NAME("sinks"), call.q.dtype());
         }
-        to.sinks = to_float(*call.sinks);
-        args.sinks = view(to.sinks);
+        to.sinks = to_float(*call.sinks, args.q.extent[1]);
+        args.sinks = view(to.sinks, *call.sinks);
     }
     if (call.gate) {
         const Tensor& gate = *call.gate;
@@ -216,17 +222,17 @@ void prepare(const Call& call, Prepared<T>& to) {
         }
     }
     if (call.key_start) {
-        to.start = to_int64(*call.key_start, QS_NAME("key_start"));
-        args.key_start = view(to.start);
+        to.start = to_int64(*call.key_start, QS_NAME("key_start"), args.q.extent[0]);
+        args.key_start = view(to.start, *call.key_start);
     }
     if (call.key_lengths) {
-        to.lengths = to_int64(*call.key_lengths, QS_NAME("key_lengths"));
-        args.key_lengths = view(to.lengths);
+        to.lengths = to_int64(*call.key_lengths, QS_NAME("key_lengths"), args.q.extent[0]);
+        args.key_lengths = view(to.lengths, *call.key_lengths);
     }
     if (call.token_mask) {
         expect(*call.token_mask, QS_NAME("token_mask"), 2);
         expect_dtype(*call.token_mask, QS_NAME("token_mask"), shim::dtype::kBool);
-        args.token_mask = view<const bool, 2>(*call.token_mask);
+        args.token_mask = view<const std::uint8_t, 2>(*call.token_mask);
     }
 }
 

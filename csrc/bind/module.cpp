@@ -69,10 +69,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def(
         "load_torch",
         [m](const std::string& libtorch_cpu) mutable {
-            shim::load(libtorch_cpu);
-            bind::register_attention(m);
+            if (shim::load(libtorch_cpu)) {
+                bind::register_attention(m);
+            }
         },
-        py::arg("libtorch_cpu"), "Registers the operators with torch. Once, at import.");
+        py::arg("libtorch_cpu"), "Registers the operators with torch. A second call does nothing.");
     m.def(
         "isa", [] { return std::string(isa_name(active_isa())); },
         "The instruction-set level in use.");

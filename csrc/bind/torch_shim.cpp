@@ -52,7 +52,10 @@ void must(Error error, const char* what) {
 
 }  // namespace
 
-void load(const std::string& libtorch_cpu) {
+bool load(const std::string& libtorch_cpu) {
+    if (fragment != nullptr) {
+        return false;
+    }
     void* library = dlopen(libtorch_cpu.c_str(), RTLD_NOW | RTLD_NOLOAD);
     if (library == nullptr) {
         throw std::runtime_error("torch is not loaded from " + libtorch_cpu);
@@ -85,6 +88,7 @@ void load(const std::string& libtorch_cpu) {
         std::uint32_t n = 1;
         return api.threads(&n) == 0 ? static_cast<int>(n) : 1;
     };
+    return true;
 }
 
 void define(const char* schema) { must(api.define(fragment, schema), schema); }
@@ -144,7 +148,10 @@ Tensor empty(std::int64_t ndim, const std::int64_t* shape, std::int32_t dtype) {
         stride *= shape[i] > 0 ? shape[i] : 1;
     }
     Handle handle = nullptr;
-    must(api.empty(ndim, shape, strides.data(), dtype, 0, 0, &handle), "an output tensor");
+    if (api.empty(ndim, shape, strides.data(), dtype, 0, 0, &handle) != 0) {
+        throw std::runtime_error("out of memory: torch has no room for an output of " +
+                                 std::to_string(stride) + " elements");
+    }
     return Tensor(handle);
 }
 

@@ -16,8 +16,10 @@ using Boxed = std::uint64_t;  // one slot of an operator's stack
 using Kernel = void (*)(Boxed* stack, std::uint64_t inputs, std::uint64_t outputs);
 
 // Opens libtorch_cpu (already loaded by `import torch`) and hands its thread
-// pool to parallel_for. Throws std::runtime_error naming what is missing.
-void load(const std::string& libtorch_cpu);
+// pool to parallel_for. False where that was done before: the core outlives a
+// Python package that is imported again. Throws std::runtime_error naming what
+// is missing.
+bool load(const std::string& libtorch_cpu);
 
 void define(const char* schema);
 void implement_cpu(const char* name, Kernel kernel);

@@ -41,15 +41,17 @@ def num_threads() -> int:
 
 
 def _load() -> None:
-    libraries = Path(torch.__file__).parent / "lib"
-    suffix = ".dylib" if (libraries / "libtorch_cpu.dylib").exists() else ".so"
-    _core.load_torch(str(libraries / f"libtorch_cpu{suffix}"))
     wanted = os.environ.get("QUERNSTONE_ISA")
     if wanted:
         try:
             _core.set_isa(wanted)
-        except ValueError as error:
-            raise ImportError(f"QUERNSTONE_ISA: {error}") from None
+        except (ValueError, TypeError):
+            raise ImportError(
+                f"QUERNSTONE_ISA: got {wanted!r}, expected one of {_core.isas()}"
+            ) from None
+    libraries = Path(torch.__file__).parent / "lib"
+    suffix = ".dylib" if (libraries / "libtorch_cpu.dylib").exists() else ".so"
+    _core.load_torch(str(libraries / f"libtorch_cpu{suffix}"))
 
 
 _load()

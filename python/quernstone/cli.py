@@ -134,13 +134,14 @@ def bench(
     words += [f"--only={name}" for name in selection.only] + chosen
     try:
         files = run.files(chosen)
+        _writable(out)
         root = recorded.checkout() if record else None
         if base is not None:
             _compare(console, base, words)
             return
         with view.following(console) as events:
             results = run.run(files, selection, events=events)
-    except (ValueError, recorded.NotACheckout) as error:
+    except (ValueError, OSError, recorded.NotACheckout) as error:
         _stop(console, str(error))
     command = " ".join(["quernstone bench", *words])
     results.save(out / "results.json")
@@ -177,6 +178,10 @@ def heads(
 
     console = Console()
     try:
+        if out is not None:
+            if out.suffix not in (".svg", ".png", ".pdf", ".json"):
+                raise ValueError(f"--out: got {out}, expected a name in .svg, .png, .pdf or .json")
+            _writable(out.parent)
         report = _head_report(model, tokens)
     except (ImportError, ValueError, OSError) as error:
         _stop(console, str(error))
@@ -186,7 +191,6 @@ def heads(
     console.print(f"sink rate {report.sink_rate:.0%}, mean CV {report.cv.mean():.3f}")
     console.print(f"dead heads (layer.head, importance < {report.dead_below:g}): {dead}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".json":
             import json
 
@@ -264,6 +268,18 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _writable(folder: Path) -> None:
+    """Makes the folder and writes into it: before minutes of measuring, not after."""
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out: {folder} is no folder to write to ({error.strerror})") from None
 
 
 def _stop(console: Any, why: str) -> Any:

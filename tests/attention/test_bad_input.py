@@ -55,6 +55,9 @@ def assert_refused(
         ("sinks", [0.0] * 4, "list"),
         ("gate", T5.numpy(), "ndarray"),
         ("kind", None, "NoneType"),
+        ("kind", b"sink", "bytes"),
+        ("window", True, "bool"),
+        ("window", torch.tensor(3.9), "Tensor"),
         ("kind", 1, "int"),
         ("causal", None, "NoneType"),
         ("causal", "yes", "str"),
@@ -258,6 +261,41 @@ def test_inputs_that_require_grad_are_refused_while_gradients_are_recorded(name:
         out = sink_attention(*tensors, **rest)
     assert not out.requires_grad
     assert_refused(call, ValueError, name, "True", "False")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_tensors_with_a_tangent_are_refused() -> None:
+    call = good()
+    others = {name: x for name, x in call.items() if name != "q"}
+    with pytest.raises(ValueError, match="q: got a tensor with a tangent"):
+        torch.func.jvp(lambda q: sink_attention(q, **others), (call["q"],), (call["q"],))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_and_nested_tensors_are_refused() -> None:
+    call = good()
+    call["q"] = torch.quantize_per_tensor(call["q"], 0.1, 0, torch.qint8)
+    assert_refused(call, ValueError, "q.dtype", "torch.qint8", "not quantised")
+    call = good()
+    call["k"] = torch.nested.nested_tensor(list(call["k"]))
+    assert_refused(call, ValueError, "k.layout", "a nested tensor", "torch.strided")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("sinks", "q.shape"), ("key_start", "batch"), ("key_lengths", "batch")]
+)
+def test_enormous_vectors_are_refused_before_they_are_copied(name: str, expected: str) -> None:
+    dtype = torch.float32 if name == "sinks" else torch.int64
+    call = good() | {name: torch.zeros(1, dtype=dtype).expand(2**42)}
+    assert_refused(call, ValueError, f"{name}.shape[0]", str(2**42), expected)
+
+
+def test_an_output_that_does_not_fit_says_so() -> None:
+    call = good() | {"q": torch.zeros(1).expand(2, 4, 2**30, 16), "k": torch.randn(2, 4, 7, 16)}
+    call["v"] = call["k"]
+    tensors = [call.pop(x) for x in ("q", "k", "v")]
+    with pytest.raises(RuntimeError, match=r"out of memory.*137438953472 elements"):
+        sink_attention(*tensors, **call)
 
 
 def test_sparse_tensors_are_refused() -> None:

@@ -175,6 +175,63 @@ def test_a_spoilt_value_reaches_only_the_rows_that_see_it(
         assert torch.equal(aux.importance, clean_aux.importance), key
 
 
+# Quiet, signalling and negative ones, with payloads: what other hardware makes.
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, 0x7F800001, -1, -0x3FFFFF])
+def test_a_nan_of_any_bits_is_one(isa: str, bits: int) -> None:
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    (q, k, v), options = Case(queries=20, keys=20).make()
+    k[:, :, 7] = nan
+    out, aux = split(sink_attention(q, k, v, **options))
+    assert aux is not None
+    assert out[:, :, 7:].isnan().all()
+    assert aux.lse[:, :, 7:].isnan().all()
+    assert out[:, :, :7].isfinite().all()
+    assert aux.importance.isnan().all()
+    (q, k, v), options = Case(kind="gated by element", queries=20, keys=20).make()
+    options["gate"][:, :, 3, 5] = nan
+    out, _ = split(sink_attention(q, k, v, **options))
+    assert out[:, :, 3, 5].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["gated", "gated by element"])
+def test_a_spoilt_gate_of_a_row_without_a_key_leaves_it_zero(isa: str, kind: str) -> None:
+    (q, k, v), options = Case(kind=kind, queries=20, keys=20).make()
+    options["key_start"] = torch.tensor([6, 6])
+    options["gate"][:, :, :6] = math.nan
+    out, aux = split(sink_attention(q, k, v, **options))
+    assert not out[:, :, :6].any()
+    assert out.isfinite().all()
+    assert aux is not None
+    assert aux.importance.isfinite().all()
+
+
+def test_a_key_far_below_the_others_has_no_weight_at_all(isa: str) -> None:
+    q = torch.zeros(1, 1, 2, 32)
+    q[..., 0] = 1.0
+    k = torch.zeros(1, 1, 2, 32)
+    k[0, 0, :, 0] = torch.tensor([-1000.0, 1000.0])
+    v = torch.zeros(1, 1, 2, 32)
+    v[0, 0, 0], v[0, 0, 1] = 1e38, 0.1
+    out = sink_attention(q, k, v, kind="vanilla", scale=1.0)
+    torch.testing.assert_close(out[0, 0, 1], v[0, 0, 1])
+    for sink in (1000.0, math.inf):
+        out, aux = split(sink_attention(q, k, v, sinks=torch.tensor([sink]), return_aux=True))
+        assert not out.any()
+        assert aux is not None
+        assert aux.importance.item() == 0.0
+
+
+@pytest.mark.parametrize("byte", [1, 2, 254, 255])
+def test_a_mask_counts_by_what_is_true_and_not_by_its_byte(byte: int) -> None:
+    (q, k, v), options = Case(some_tokens=True).make()
+    _, want = split(sink_attention(q, k, v, **options))
+    options["token_mask"] = (options["token_mask"].to(torch.uint8) * byte).view(torch.bool)
+    _, aux = split(sink_attention(q, k, v, **options))
+    assert aux is not None
+    assert want is not None
+    assert torch.equal(aux.importance, want.importance)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", SPOILT, ids=str)
 def test_a_nan_key_reaches_only_the_rows_that_see_it(

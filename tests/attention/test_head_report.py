@@ -233,6 +233,22 @@ def test_names_what_it_cannot_report_on() -> None:
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="model: no layer uses the quernstone attention"):
         head_report(model, batch)
+    model = _ready("llama")
+    for change, says in (
+        ({"shares": (-0.5,)}, "shares: got"),
+        ({"shares": (1.5,)}, "shares: got"),
+        ({"heads_one_by_one": -1}, "heads_one_by_one: got -1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            head_report(model, batch, **change)
+    with torch.no_grad():
+        cache = model(input_ids=tokens(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="batch: got past_key_values"):
+        head_report(model, batch | {"past_key_values": cache})
+    with pytest.raises(ValueError, match="batch: got a loss of nan"):
+        head_report(model, {"input_ids": tokens()[:, :1]})
+    with pytest.raises(ValueError, match="model: got a compiled one"):
+        head_report(torch.compile(model, backend="eager"), batch)
     with pytest.raises(ValueError, match="batch: no loss for BertModel, expected labels"):
         head_report(_ready("bert"), batch)
     with pytest.raises(ValueError, match=r"model: got \[1, 2\] heads per layer"):

@@ -132,6 +132,18 @@ def test_decoding_gives_the_bits_of_the_prefill_rows(
         assert torch.equal(row_aux.lse, aux.lse[:, :, t : t + 1]), t
 
 
+def test_a_row_has_the_same_bits_in_a_call_of_any_length(isa: str) -> None:
+    """Windows and lengths on both sides of every step that a block of keys is cut into."""
+    for window in (None, 100, 200, 256, 300, 400):
+        case = Case(batch=1, key_heads=1, queries=620, keys=620, width=16, aux=False)
+        (q, k, v), options = case.make()
+        options["window"] = window
+        whole, _ = split(sink_attention(q, k, v, **options))
+        for t in (1, 99, 143, 144, 150, 200, 255, 256, 287, 288, 300, 400, 433, 577, 619):
+            row = sink_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], **options)
+            assert torch.equal(row, whole[:, :, t : t + 1]), (window, t)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(50, 66), (66, 50)])
 @pytest.mark.parametrize("window", [66, 2**31, 2**40, 2**63 - 1])

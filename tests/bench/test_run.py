@@ -1,6 +1,7 @@
 """A run from benchmark files to rows, with files that a new vertical would add."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,18 @@ def test_a_file_that_cannot_be_read_is_trouble(tmp_path: Path) -> None:
     results = _run(tmp_path, text="import no_such_module_anywhere")
     assert results.rows == []
     assert "no_such_module_anywhere" in results.troubles[0]
+
+
+def test_options_for_the_tests_of_another_project_do_not_reach_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = _ids(_run(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing --bogus")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    assert _ids(_run(tmp_path)) == want
+    assert os.environ["PYTEST_ADDOPTS"] == "-k nothing --bogus"
+    assert not (tmp_path / ".benchmarks").exists()
 
 
 def test_events_tell_what_runs(tmp_path: Path) -> None:

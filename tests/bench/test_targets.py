@@ -80,6 +80,32 @@ def test_a_line_that_means_nothing_is_refused(
         targets.load(targets_file(tmp_path, line))
 
 
+GOOD = 'id = "a"\nmeasure = "ours"\ncomparison = "<"\nvalue = 1\nwords = "small"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[targets]]\n" + GOOD, r"expected \[\[target\]\] tables"),
+        ("target = 3", r"expected \[\[target\]\] tables"),
+        ("target = [3]", "expected either id or ids"),
+        ("[[target]]\n" + GOOD.replace('id = "a"\n', ""), "expected either id or ids"),
+        ("[[target]]\n" + GOOD + 'ids = ["b"]\n', "expected either id or ids"),
+        ("[[target]]\n" + GOOD.replace('id = "a"', 'ids = "abc"'), "expected a list of ids"),
+        ("[[target]]\n" + GOOD.replace('words = "small"\n', ""), "words that are words"),
+        ("[[target]]\n" + GOOD.replace("value = 1", 'value = "1"'), "got the value '1'"),
+        ("[[target]]\n" + GOOD.replace("value = 1\n", ""), "got the value None"),
+        ("[[target]]\n" + GOOD + 'colour = "red"\n', "got colour"),
+        ("[[target]\n", "targets.toml: "),
+    ],
+)
+def test_a_contract_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "targets.toml"
+    path.write_text(text)
+    with pytest.raises(BadTargets, match=message):
+        targets.load(path)
+
+
 def test_one_line_may_hold_for_several_rows(tmp_path: Path) -> None:
     path = tmp_path / "targets.toml"
     path.write_text(

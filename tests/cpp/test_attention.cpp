@@ -304,11 +304,11 @@ TEST(a_wrong_extent_is_named_before_memory_is_read) {
         {"key_lengths.shape[0]", Kind::kSink, [&](Args& a) { a.key_lengths = three; }},
         {"token_mask.shape[0]", Kind::kSink,
          [](Args& a) {
-             a.token_mask = {std::bit_cast<bool*>(std::uintptr_t{64}), {1, 5}, {5, 1}};
+             a.token_mask = {std::bit_cast<std::uint8_t*>(std::uintptr_t{64}), {1, 5}, {5, 1}};
          }},
         {"token_mask.shape[1]", Kind::kSink,
          [](Args& a) {
-             a.token_mask = {std::bit_cast<bool*>(std::uintptr_t{64}), {2, 7}, {7, 1}};
+             a.token_mask = {std::bit_cast<std::uint8_t*>(std::uintptr_t{64}), {2, 7}, {7, 1}};
          }},
     };
     for (const Case& c : cases) {

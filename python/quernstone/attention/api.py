@@ -1,12 +1,15 @@
 """The public attention call."""
 
-from typing import Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quernstone.attention import torch_op
 from quernstone.attention.types import Aux, Kind
+
+_KINDS = frozenset(get_args(Kind))
 
 
 @overload
@@ -105,6 +108,12 @@ def sink_attention(
     """
     if causal is not True and causal is not False:
         raise TypeError(f"causal: got {type(causal).__name__}, expected bool")
+    if kind not in _KINDS:
+        _refuse_kind(kind)
+    if window is not None and type(window) is not int:
+        window = _integer("window", window)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(q, k, v, sinks, gate)
     try:
         if torch.is_grad_enabled() and (
             q.requires_grad
@@ -139,6 +148,29 @@ def sink_attention(
         raise
 
 
+def _refuse_kind(kind: object) -> None:
+    if not isinstance(kind, str):
+        raise TypeError(f"kind: got {type(kind).__name__} {kind!r}, expected str")
+    if kind not in _KINDS:
+        raise ValueError(f"kind: got {ascii(kind)[1:-1]}, expected 'sink', 'vanilla' or 'gated'")
+
+
+def _integer(name: str, x: Any) -> Any:
+    """An int, a NumPy integer or a torch.SymInt; torch would also take bools and cut fractions."""
+    if isinstance(x, bool | Tensor) or not hasattr(x, "__index__"):
+        raise TypeError(f"{name}: got {type(x).__name__} {x!r}, expected int or None")
+    return x if isinstance(x, torch.SymInt) else x.__index__()
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    for name, x in zip(("q", "k", "v", "sinks", "gate"), tensors, strict=True):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name}: got a tensor with a tangent, expected one without: "
+                "forward-mode gradients are not implemented"
+            )
+
+
 def _explain(arguments: dict[str, object]) -> None:
     """Raise what a caller can act on for the argument that torch's dispatcher refused."""
     for name in ("q", "k", "v", "sinks", "gate", "key_start", "key_lengths", "token_mask"):
@@ -151,16 +183,14 @@ def _explain(arguments: dict[str, object]) -> None:
             raise TypeError(f"{name}: got {type(x).__name__}, expected {wanted}")
         if x.device.type != "cpu":
             raise ValueError(f"{name}.device: got {x.device}, expected cpu")
-        if x.layout != torch.strided:
-            raise ValueError(f"{name}.layout: got {x.layout}, expected torch.strided")
-    kind, window, scale = (arguments[name] for name in ("kind", "window", "scale"))
-    if not isinstance(kind, str):
-        raise TypeError(f"kind: got {type(kind).__name__} {kind!r}, expected str")
-    if window is not None:
-        if not isinstance(window, int):
-            raise TypeError(f"window: got {type(window).__name__} {window!r}, expected int or None")
-        if not 1 <= window < 2**63:
-            raise ValueError(f"window: got {window}, expected at least 1 and below 2^63")
+        if x.layout != torch.strided or x.is_nested:
+            layout = "a nested tensor" if x.is_nested else x.layout
+            raise ValueError(f"{name}.layout: got {layout}, expected torch.strided")
+        if x.is_quantized:
+            raise ValueError(f"{name}.dtype: got {x.dtype}, expected one that is not quantised")
+    window, scale = arguments["window"], arguments["scale"]
+    if isinstance(window, int) and not 1 <= window < 2**63:
+        raise ValueError(f"window: got {window}, expected at least 1 and below 2^63")
     if scale is not None:
         if not isinstance(scale, int | float):
             raise TypeError(f"scale: got {type(scale).__name__} {scale!r}, expected float or None")

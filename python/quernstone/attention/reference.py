@@ -80,7 +80,8 @@ def sink_attention(
 
     where s_first is the scaled logit of the first key, `key_start[b]`, and LSE_rest leaves that
     key out. Each G is a sigmoid and never 1 - exp(...), which is 0 in fp32 for a gate below 6e-8.
-    A query without a visible key has out = 0, G = 0 and lse = -inf.
+    A query without a visible key has out = 0, G = 0 and lse = -inf. A NaN in a key that some
+    queries see reaches the others too here (0 times NaN); the kernels keep it from them.
 
     Args:
         q: [b, h, t, d] queries, of any floating type; all arithmetic is in fp64.

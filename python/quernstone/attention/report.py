@@ -146,8 +146,9 @@ def head_report(
         A `HeadReport`.
 
     Raises:
-        ValueError: no layer uses the "quernstone" attention; the model is in training mode; the
-            layers have different numbers of heads; no loss can be formed for the ablation.
+        ValueError: no layer uses the "quernstone" attention; the model is in training mode or
+            compiled; the layers have different numbers of heads; the batch has a cache; no loss
+            can be formed for the ablation; `shares` or `heads_one_by_one` out of range.
 
     Source: arXiv 2602.01203 (importance, CV, zeroing heads), arXiv 2410.10781 section 3 (sink
     rate: all queries count, the first one with its attention of 1 to itself). Oracle: eager
@@ -155,12 +156,20 @@ def head_report(
     """
     if model.training:
         raise ValueError("model: got one in training mode, expected model.eval()")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model: got a compiled one, expected what torch.compile was given")
+    if batch.get("past_key_values") is not None:
+        raise ValueError("batch: got past_key_values, expected the whole sequence: passes repeat")
+    if not all(0.0 <= share <= 1.0 for share in shares):
+        raise ValueError(f"shares: got {tuple(shares)}, expected numbers from 0 to 1")
+    if heads_one_by_one < 0:
+        raise ValueError(f"heads_one_by_one: got {heads_one_by_one}, expected 0 or more")
     fused_here = unfused(model)
     if fused_here:
         fuse_gates(model)
     try:
         collect = _Collect(model)
-        output = _forward(model, batch, collect)
+        _forward(model, batch, collect)
         rows = collect.rows
         if not rows:
             raise ValueError(
@@ -173,7 +182,7 @@ def head_report(
         importance = np.stack([row.importance for row in rows])
         measured = None
         if ablation:
-            losses = _Losses(model, batch, importance.shape, _loss(model, batch, output))
+            losses = _Losses(model, batch, importance.shape)
             measured = _ablate(losses, importance, shares, heads_one_by_one, seed)
     finally:
         if fused_here:
@@ -226,15 +235,18 @@ class _Collect:
 class _Losses:
     """The loss of a model with some of its heads silenced, above the loss with all at work."""
 
-    def __init__(
-        self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, ...], loss: float
-    ) -> None:
-        self.model, self.batch, self.shape, self.loss = model, batch, shape, loss
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+        self.model, self.batch, self.shape = model, batch, shape
+        # The importance of a vanilla gate takes the first key apart and changes last digits.
+        self.loss = self._without([])
 
     def gain(self, heads: Sequence[int] | NDArray[np.int64]) -> float:
         """Of silencing heads that are given by their flat index in [l, h]."""
+        return self._without(heads) - self.loss
+
+    def _without(self, heads: Sequence[int] | NDArray[np.int64]) -> float:
         silent = np.zeros(self.shape, dtype=bool)
-        silent.flat[heads] = True
+        silent.flat[np.asarray(heads, dtype=np.int64)] = True
         # Counted by calls and not by module: layers may share one.
         layers = iter(torch.from_numpy(silent))
 
@@ -245,7 +257,7 @@ class _Losses:
             out[:, next(layers)] = 0.0
             return out
 
-        return _loss(self.model, self.batch, _forward(self.model, self.batch, attend)) - self.loss
+        return _loss(self.model, self.batch, _forward(self.model, self.batch, attend))
 
 
 def _ablate(
@@ -340,17 +352,31 @@ def _forward(model: nn.Module, batch: Mapping[str, Any], probe: Callable[..., Te
 
 def _loss(model: nn.Module, batch: Mapping[str, Any], output: Any) -> float:
     if batch.get("labels") is not None:
-        return float(output.loss)
-    logits, ids = getattr(output, "logits", None), batch.get("input_ids")
-    generates = getattr(model, "can_generate", lambda: False)()
-    if logits is None or ids is None or not generates:
+        found = getattr(output, "loss", None)
+    else:
+        found = _next_token_loss(model, batch, output)
+    if found is None:
         raise ValueError(
             f"batch: no loss for {type(model).__name__}, expected labels (or input_ids of a "
             "causal language model); or pass ablation=False"
         )
+    if not found.isfinite():
+        raise ValueError(
+            f"batch: got a loss of {float(found)}, expected a token to predict in some sequence; "
+            "or pass ablation=False"
+        )
+    return float(found)
+
+
+def _next_token_loss(model: nn.Module, batch: Mapping[str, Any], output: Any) -> Tensor | None:
+    logits, ids = getattr(output, "logits", None), batch.get("input_ids")
+    generates = getattr(model, "can_generate", lambda: False)()
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if logits is None or ids is None or not generates or encodes:
+        return None
     target = ids[:, 1:]
     padding = batch.get("attention_mask")
     if padding is not None:
         # A token after padding has nothing to be predicted from.
         target = target.where((padding[:, 1:] * padding[:, :-1]).bool(), -100)
-    return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten()))
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten())
