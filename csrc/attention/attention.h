@@ -30,10 +30,10 @@ struct ForwardArgs {
     View<const std::int64_t, 1> key_start;    // [b] first visible key; may be absent
     View<const std::int64_t, 1> key_lengths;  // [b] end of the visible keys; may be absent
 
-    View<T, 4> out;                  // [b, h, t, d], contiguous
-    View<float, 3> lse;              // [b, h, t] nats, the sink left out; may be absent
+    View<T, 4> out;                          // [b, h, t, d], contiguous
+    View<float, 3> lse;                      // [b, h, t] nats, the sink left out; may be absent
     View<const std::uint8_t, 2> token_mask;  // [b, t] not 0: counts; absent: all
-    View<float, 1> importance;       // [h] mean gate; may be absent
+    View<float, 1> importance;               // [h] mean gate; may be absent
     // [b, h, t] logit of the vanilla gate, for backward(); may be absent
     View<float, 3> gate_logit;
 };
@@ -49,12 +49,12 @@ struct BackwardArgs {
     // As forward() left it: lse present, importance absent; gate_logit present
     // where the kind is vanilla and dimportance is.
     ForwardArgs<T> forward;
-    View<const T, 4> dout;               // [b, h, t, d]
-    View<const float, 3> dlse;           // [b, h, t]; may be absent
-    View<const float, 1> dimportance;    // [h]; may be absent
-    View<T, 4> dq, dk, dv;               // as q, k, v; contiguous
-    View<float, 1> dsinks;               // [h]; kSink only
-    View<T, 4> dgate;                    // as gate, contiguous; kGated only
+    View<const T, 4> dout;             // [b, h, t, d]
+    View<const float, 3> dlse;         // [b, h, t]; may be absent
+    View<const float, 1> dimportance;  // [h]; may be absent
+    View<T, 4> dq, dk, dv;             // as q, k, v; contiguous
+    View<float, 1> dsinks;             // [h]; kSink only
+    View<T, 4> dgate;                  // as gate, contiguous; kGated only
 };
 
 // One pass over the scores; the gates add a few numbers a row. Results do not

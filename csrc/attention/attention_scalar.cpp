@@ -49,9 +49,7 @@ inline vf vwhere_visible(vi lo, vi hi, std::int32_t j, vf x, vf other) {
 inline vf vzero_if_equal(vf x, float y) { return x == vset(y) ? vset(0.0F) : x; }
 
 // y > bound ? x : 0
-inline vf vzero_unless_above(vf y, float bound, vf x) {
-    return y > vset(bound) ? x : vset(0.0F);
-}
+inline vf vzero_unless_above(vf y, float bound, vf x) { return y > vset(bound) ? x : vset(0.0F); }
 
 inline bool vall_finite(vf x) {
     const vi finite = (x - x) == vset(0.0F);

@@ -48,7 +48,19 @@ void put(float x, bf16& to) noexcept {
     to.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0U : rounded);
 }
 
-float sigmoid(float x) noexcept { return 1.0F / (1.0F + std::exp(-x)); }
+// sigmoid(x) and sigmoid(-x), each with all its digits
+struct Gate {
+    float open, shut;
+};
+
+template <class F>
+Gate gate_of(F x) noexcept {
+    const F e = std::exp(-std::abs(x));
+    const F large = F{1} / (F{1} + e);
+    const F small = e * large;
+    return x < 0 ? Gate{static_cast<float>(small), static_cast<float>(large)}
+                 : Gate{static_cast<float>(large), static_cast<float>(small)};
+}
 
 // The work of one call. `weigh` turns each row's gates and incoming gradients
 // into three numbers; `part` then takes a range of rows beside a range of keys.
@@ -193,17 +205,20 @@ class Backward {
             weight = 1.0F;
             shift = dlse - delta;
             if (f_.kind == Kind::kSink) {
-                const float sink = *f_.sinks.at(h);
-                const float rest = blind ? 0.0F : sigmoid(sink - lse);
-                weight = blind ? 0.0F : sigmoid(lse - sink);
-                shift = dlse + weight * (rest * dgate_mean - delta);
-                dsink -= static_cast<double>(rest * (delta + weight * dgate_mean));
+                if (!blind) {
+                    // Far from the logits a sink leaves few digits to an fp32 difference.
+                    const Gate gate = gate_of(static_cast<double>(lse) -
+                                              static_cast<double>(*f_.sinks.at(h)));
+                    weight = gate.open;
+                    shift = dlse + gate.open * (gate.shut * dgate_mean - delta);
+                    dsink -= static_cast<double>(gate.shut * (delta + gate.open * dgate_mean));
+                }
             } else if (f_.kind == Kind::kGated) {
                 weigh_gate(b, h, t, delta, blind, dgate_mean, weight);
             } else if (first_shifts_ != shifts_) {
-                const float logit = *f_.gate_logit.at(b, h, t);
-                first_shift = shift - sigmoid(logit) * dgate_mean;
-                shift += sigmoid(-logit) * dgate_mean;
+                const Gate gate = gate_of(*f_.gate_logit.at(b, h, t));
+                first_shift = shift - gate.open * dgate_mean;
+                shift += gate.shut * dgate_mean;
             }
         }
         if (a_.dsinks.present()) {
@@ -218,19 +233,19 @@ class Backward {
         const T* gate = f_.gate.at(b, h, t, 0);
         T* dgate = a_.dgate.at(b, h, t, 0);
         if (width == 1) {
-            const float x = as_float(*gate);
-            weight = sigmoid(x);
-            put(blind ? 0.0F : sigmoid(-x) * (delta + weight * dgate_mean), *dgate);
+            const Gate g = gate_of(as_float(*gate));
+            weight = g.open;
+            put(blind ? 0.0F : g.shut * (delta + g.open * dgate_mean), *dgate);
             return;
         }
         const T* out = f_.out.at(b, h, t, 0);
         const T* dout = a_.dout.at(b, h, t, 0);
         const float mean = dgate_mean / static_cast<float>(width);
         for (std::int64_t i = 0; i < width; ++i) {
-            const float x = as_float(gate[i * f_.gate.stride[3]]);
+            const Gate g = gate_of(as_float(gate[i * f_.gate.stride[3]]));
             const float own =
                 as_float(dout[i * a_.dout.stride[3]]) * as_float(out[i * f_.out.stride[3]]);
-            put(blind ? 0.0F : sigmoid(-x) * (own + sigmoid(x) * mean), dgate[i]);
+            put(blind ? 0.0F : g.shut * (own + g.open * mean), dgate[i]);
         }
     }
 
@@ -264,8 +279,7 @@ class Backward {
             starved_.store(true, std::memory_order_relaxed);
             return;
         }
-        auto* dk = reinterpret_cast<float*>(scratch +
-                                            (kernel_.scratch_bytes(e_.d) + 63) / 64 * 64);
+        auto* dk = reinterpret_cast<float*>(scratch + (kernel_.scratch_bytes(e_.d) + 63) / 64 * 64);
         float* dv = dk + kGradKeys * padded_;
         float* dq = dv + kGradKeys * padded_;
         const std::int64_t b = head / e_.g;
@@ -324,9 +338,8 @@ class Backward {
             std::fill_n(dk, n * padded_, 0.0F);
             std::fill_n(dv, n * padded_, 0.0F);
         } else {
-            keys(b, g, block, [&](float* sum, const float* kept) noexcept {
-                std::copy_n(kept, e_.d, sum);
-            });
+            keys(b, g, block,
+                 [&](float* sum, const float* kept) noexcept { std::copy_n(kept, e_.d, sum); });
         }
         kernel_.load(block, scratch);
         const std::int64_t last_chunk = chunks_ * (row_part + 1) / parts_;

@@ -100,15 +100,15 @@ struct Kernels {
 namespace baseline {
 extern const Kernels kF32, kBf16;
 extern const GradKernel kGradF32, kGradBf16;
-}
+}  // namespace baseline
 namespace avx2 {
 extern const Kernels kF32, kBf16;
 extern const GradKernel kGradF32, kGradBf16;
-}
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels kF32, kBf16;
 extern const GradKernel kGradF32, kGradBf16;
-}
+}  // namespace avx512
 namespace avx512_bf16_vnni {
 extern const Kernels kBf16;
 }

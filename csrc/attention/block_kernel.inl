@@ -248,8 +248,9 @@ inline Normaliser normalise(vf m, vf l, vf sink, vf low) {
 
 // log of l 2^m / 2^sink, in nats: infinite where there is no sink or no key
 inline float gate_logit(float m, float l, float sink) {
-    return sink == kNegInf ? -kNegInf : m == kNegInf ? kNegInf
-                                      : (m - sink) * kLn2 + __builtin_logf(l);
+    return sink == kNegInf ? -kNegInf
+           : m == kNegInf  ? kNegInf
+                           : (m - sink) * kLn2 + __builtin_logf(l);
 }
 
 inline float sigmoid(float x) { return 1.0F / (1.0F + __builtin_expf(-x)); }

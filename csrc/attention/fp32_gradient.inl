@@ -167,16 +167,17 @@ struct Fp32Gradient {
             const vf c = vload(shift + i * kWidth);
             float* at_p = p + i * kWidth;
             float* at_ds = ds + i * kWidth;
+            const bool special = span.begin <= block.first_key && block.first_key < span.end;
+            const std::int64_t first = special ? (block.first_key - span.begin) * kLanes : 0;
+            const vf first_product = vload(at_ds + first);
             for (std::int64_t j = 0; j < span.end - span.begin; ++j) {
                 const vf x = vexp2(vsub(vload(at_p + j * kLanes), l));
                 vstore(at_p + j * kLanes, x);
                 vstore(at_ds + j * kLanes, vmul(x, vadd(vload(at_ds + j * kLanes), c)));
             }
-            if (span.begin <= block.first_key && block.first_key < span.end) {
-                const std::int64_t j = block.first_key - span.begin;
-                const vf x = vload(at_p + j * kLanes);
-                const vf more = vsub(vload(first_shift + i * kWidth), c);
-                vstore(at_ds + j * kLanes, vfma(x, more, vload(at_ds + j * kLanes)));
+            if (special) {
+                const vf sum = vadd(first_product, vload(first_shift + i * kWidth));
+                vstore(at_ds + first, vmul(vload(at_p + first), sum));
             }
             for (std::int64_t j = 0; masked && j < span.end - span.begin; ++j) {
                 const vi l0 = vload(lo + i * kWidth);
@@ -292,14 +293,14 @@ struct Fp32Gradient {
         std::int64_t i = 0;
         if (gate == nullptr || block.gate_col == 1) {
             for (; i + kWidth <= d; i += kWidth) {
-                const vf g = gate == nullptr ? vset(row.weight)
-                                             : vsigmoid(Stored<T>::load(gate + i));
+                const vf g =
+                    gate == nullptr ? vset(row.weight) : vsigmoid(Stored<T>::load(gate + i));
                 vstore(dout + i, vmul(g, vload(dout + i)));
             }
         }
         for (; i < d; ++i) {
-            dout[i] *= gate == nullptr ? row.weight
-                                       : sigmoid(Stored<T>::get(gate[i * block.gate_col]));
+            dout[i] *=
+                gate == nullptr ? row.weight : sigmoid(Stored<T>::get(gate[i * block.gate_col]));
         }
     }
 

@@ -25,7 +25,7 @@ Extents extents(const ForwardArgs<T>& a) noexcept {
 }
 
 inline Status same(const char* what, std::int64_t got, const char* want,
-                      std::int64_t number) noexcept {
+                   std::int64_t number) noexcept {
     return got == number ? Status{} : invalid(what, got, want, number);
 }
 
@@ -37,7 +37,7 @@ inline Status same(const char* what, std::int64_t got, const char* want,
     } while (false)
 
 inline Status check_positions(const View<const std::int64_t, 1>& view, const char* shape,
-                       const char* value, const Extents& e) noexcept {
+                              const char* value, const Extents& e) noexcept {
     if (!view.present()) {
         return {};
     }

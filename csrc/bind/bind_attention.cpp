@@ -275,8 +275,8 @@ void forward(const Call& call, Outputs& to, Depth depth) {
     if (depth == Depth::kTraining) {
         const bool vanilla = args.kind == Kind::kVanilla;
         View<float, 3> logit;
-        to.gate_logit = empty<float, 3>({vanilla ? n[0] : 0, n[1], n[2]}, shim::dtype::kFloat32,
-                                        logit);
+        to.gate_logit =
+            empty<float, 3>({vanilla ? n[0] : 0, n[1], n[2]}, shim::dtype::kFloat32, logit);
         args.gate_logit = vanilla ? logit : View<float, 3>{};
     }
     check_status(attention::forward(args, num_threads()));
@@ -406,8 +406,8 @@ void backward(const Call& call, const Incoming& in, Gradients& to) {
     to.dk = empty<T, 4>(f.k.extent, dtype, args.dk);
     to.dv = empty<T, 4>(f.v.extent, dtype, args.dv);
     View<float, 1> dsinks;
-    to.dsinks = empty<float, 1>({f.kind == Kind::kSink ? f.q.extent[1] : 0},
-                                shim::dtype::kFloat32, dsinks);
+    to.dsinks =
+        empty<float, 1>({f.kind == Kind::kSink ? f.q.extent[1] : 0}, shim::dtype::kFloat32, dsinks);
     if (f.kind == Kind::kSink) {
         args.dsinks = dsinks;
     }

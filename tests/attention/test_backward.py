@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quernstone.attention import sink_attention
+from quernstone.attention import reference, sink_attention
 
 from . import oracles
 from .cases import DTYPES, KINDS, PADDINGS, Case, split
@@ -95,8 +95,6 @@ def test_the_importance_alone_of_saturated_gates(isa: str, kind: str, shift: flo
         k[:, :, 0, 0] = shift * 8.0
     leaves = [x.clone().requires_grad_() for x in (q, k)]
     twins = [x.double().requires_grad_() for x in (q, k)]
-    from quernstone.attention import reference
-
     weights = torch.randn(q.shape[1])
     _, aux = split(sink_attention(*leaves, v, **options))
     _, want = split(reference.sink_attention(*twins, v, **options))
@@ -187,8 +185,6 @@ def test_each_result_alone_has_a_gradient(part: str) -> None:
         tensors, options = Case(kind=kind, queries=30, keys=30).make()
         leaf = tensors[0].clone().requires_grad_()
         twin = tensors[0].double().requires_grad_()
-        from quernstone.attention import reference
-
         results = []
         for q, f in ((leaf, sink_attention), (twin, reference.sink_attention)):
             out, aux = split(f(q, *tensors[1:], **options))
