@@ -34,6 +34,8 @@ struct ForwardArgs {
     View<float, 3> lse;                      // [b, h, t] nats, the sink left out; may be absent
     View<const std::uint8_t, 2> token_mask;  // [b, t] not 0: counts; absent: all
     View<float, 1> importance;               // [h] mean gate; may be absent
+    // [b, h, t] logit of the vanilla gate, for backward(); may be absent
+    View<float, 3> gate_logit;
 };
 
 // Checks every extent before reading memory. A row with no visible key gives
@@ -41,6 +43,24 @@ struct ForwardArgs {
 // not on the number of threads, the other rows of the call, or t.
 template <class T>
 [[nodiscard]] Status forward(const ForwardArgs<T>& args, int threads) noexcept;
+
+template <class T>
+struct BackwardArgs {
+    // As forward() left it: lse present, importance absent; gate_logit present
+    // where the kind is vanilla and dimportance is.
+    ForwardArgs<T> forward;
+    View<const T, 4> dout;             // [b, h, t, d]
+    View<const float, 3> dlse;         // [b, h, t]; may be absent
+    View<const float, 1> dimportance;  // [h]; may be absent
+    View<T, 4> dq, dk, dv;             // as q, k, v; contiguous
+    View<float, 1> dsinks;             // [h]; kSink only
+    View<T, 4> dgate;                  // as gate, contiguous; kGated only
+};
+
+// One pass over the scores; the gates add a few numbers a row. Results do not
+// depend on the number of threads.
+template <class T>
+[[nodiscard]] Status backward(const BackwardArgs<T>& args, int threads) noexcept;
 
 // Seconds that the last forward() on this thread took, checks included.
 [[nodiscard]] double last_forward_seconds() noexcept;

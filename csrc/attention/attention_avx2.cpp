@@ -50,6 +50,11 @@ inline vf vzero_if_equal(vf x, float y) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, vset(y), _CMP_EQ_OQ), x);
 }
 
+// y > bound ? x : 0
+inline vf vzero_unless_above(vf y, float bound, vf x) {
+    return _mm256_and_ps(_mm256_cmp_ps(y, vset(bound), _CMP_GT_OQ), x);
+}
+
 inline bool vall_finite(vf x) {
     const vf difference = _mm256_sub_ps(x, x);  // NaN for NaN and infinities
     return _mm256_movemask_ps(_mm256_cmp_ps(difference, difference, _CMP_UNORD_Q)) == 0;
@@ -94,10 +99,13 @@ inline void vstore_bf16(std::uint16_t* p, vf x) {
 
 #include "attention/block_kernel.inl"
 #include "attention/fp32_dot.inl"
+#include "attention/fp32_gradient.inl"
 
 }  // namespace
 
 const Kernels kF32 = make_kernels<Fp32Dot<float>, float>();
 const Kernels kBf16 = make_kernels<Fp32Dot<std::uint16_t>, std::uint16_t>();
+const GradKernel kGradF32 = make_grad_kernel<float>();
+const GradKernel kGradBf16 = make_grad_kernel<std::uint16_t>();
 
 }  // namespace quernstone::attention::avx2

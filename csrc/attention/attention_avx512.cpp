@@ -10,10 +10,13 @@ namespace {
 #include "attention/avx512_primitives.inl"
 #include "attention/block_kernel.inl"
 #include "attention/fp32_dot.inl"
+#include "attention/fp32_gradient.inl"
 
 }  // namespace
 
 const Kernels kF32 = make_kernels<Fp32Dot<float>, float>();
 const Kernels kBf16 = make_kernels<Fp32Dot<std::uint16_t>, std::uint16_t>();
+const GradKernel kGradF32 = make_grad_kernel<float>();
+const GradKernel kGradBf16 = make_grad_kernel<std::uint16_t>();
 
 }  // namespace quernstone::attention::avx512

@@ -48,6 +48,9 @@ inline vf vwhere_visible(vi lo, vi hi, std::int32_t j, vf x, vf other) {
 
 inline vf vzero_if_equal(vf x, float y) { return x == vset(y) ? vset(0.0F) : x; }
 
+// y > bound ? x : 0
+inline vf vzero_unless_above(vf y, float bound, vf x) { return y > vset(bound) ? x : vset(0.0F); }
+
 inline bool vall_finite(vf x) {
     const vi finite = (x - x) == vset(0.0F);
     return (finite[0] & finite[1] & finite[2] & finite[3]) != 0;
@@ -83,10 +86,13 @@ inline void vstore_bf16(std::uint16_t* p, vf x) {
 
 #include "attention/block_kernel.inl"
 #include "attention/fp32_dot.inl"
+#include "attention/fp32_gradient.inl"
 
 }  // namespace
 
 const Kernels kF32 = make_kernels<Fp32Dot<float>, float>();
 const Kernels kBf16 = make_kernels<Fp32Dot<std::uint16_t>, std::uint16_t>();
+const GradKernel kGradF32 = make_grad_kernel<float>();
+const GradKernel kGradBf16 = make_grad_kernel<std::uint16_t>();
 
 }  // namespace quernstone::attention::baseline

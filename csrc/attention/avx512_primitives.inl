@@ -38,6 +38,11 @@ inline vf vzero_if_equal(vf x, float y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, vset(y), _CMP_NEQ_UQ), x);
 }
 
+// y > bound ? x : 0
+inline vf vzero_unless_above(vf y, float bound, vf x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, vset(bound), _CMP_GT_OQ), x);
+}
+
 inline bool vall_finite(vf x) {
     const vf difference = _mm512_sub_ps(x, x);  // NaN for NaN and infinities
     return _mm512_cmp_ps_mask(difference, difference, _CMP_UNORD_Q) == 0;

@@ -14,6 +14,7 @@ struct Row {              // one query of one head
     const void* gate;     // [1 or d] logits, or null
     void* out;            // [d], contiguous
     float* lse;           // or null
+    float* gate_logit;    // of the vanilla gate, or null
     float sink;           // logit in nats, -inf where there is none
     std::int32_t lo, hi;  // sees keys lo <= j < hi; neither falls from row to row
     bool sees_first;      // and Block::first_key
@@ -48,6 +49,48 @@ struct Kernel {
     void (*run)(const Block& block, std::byte* scratch);
 };
 
+// Backward: what one query row adds to the gradients of the keys it sees, and
+// they to its own. With A = softmax over the visible keys,
+//   dS_j = A_j (v_j . (weight dout) + shift),
+// where `weight` and `shift` hold everything that sinks, gates and the
+// gradients of the log-sum-exp and the importance bring. README.md derives them.
+struct GradRow {
+    const void* q;      // [d]
+    const void* dout;   // [d]
+    const void* gate;   // [d] logits of an element-wise gate on dout, or null
+    float* dq;          // [d] sum so far, contiguous
+    float lse;          // nats
+    float weight;       // factor on dout
+    float shift;        // added to v . dout for every key ...
+    float first_shift;  // ... but this for GradBlock::first_key
+    std::int32_t lo, hi;
+};
+
+struct GradBlock {
+    const void* k;  // key 0
+    const void* v;
+    std::int64_t q_col, dout_col, gate_col, k_row, k_col, v_row, v_col;
+    std::int64_t width;
+    std::int64_t begin, end;  // the keys of this block, at most kGradKeys
+    float* dk;                // [end - begin][padded width] sums so far
+    float* dv;
+    float scale;
+    std::int32_t first_key;  // -1: none
+};
+
+inline constexpr std::int64_t kGradKeys = 144;  // a multiple of every tile height
+inline constexpr std::int64_t kGradRows = 64;   // a multiple of every wide panel
+
+// load() reads the keys of a block; rows() then takes up to kGradRows query rows
+// at a time, with the same scratch.
+struct GradKernel {
+    std::int64_t (*padded)(std::int64_t width);
+    std::size_t (*scratch_bytes)(std::int64_t width);
+    void (*load)(const GradBlock& block, std::byte* scratch);
+    void (*rows)(const GradBlock& block, const GradRow* rows, std::int64_t count,
+                 std::byte* scratch);
+};
+
 // `narrow` holds fewer rows a panel: for a handful of rows, or a small window,
 // where a wide panel would compute what nobody sees.
 struct Kernels {
@@ -56,13 +99,16 @@ struct Kernels {
 
 namespace baseline {
 extern const Kernels kF32, kBf16;
-}
+extern const GradKernel kGradF32, kGradBf16;
+}  // namespace baseline
 namespace avx2 {
 extern const Kernels kF32, kBf16;
-}
+extern const GradKernel kGradF32, kGradBf16;
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels kF32, kBf16;
-}
+extern const GradKernel kGradF32, kGradBf16;
+}  // namespace avx512
 namespace avx512_bf16_vnni {
 extern const Kernels kBf16;
 }

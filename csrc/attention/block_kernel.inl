@@ -8,6 +8,7 @@
 // README.md derives the arithmetic.
 
 constexpr float kLog2e = 1.44269504088896340736F;
+constexpr float kLog2eLow = 1.92596303350089e-8F;  // log2(e) minus its fp32
 constexpr float kLn2 = 0.693147180559945309417F;
 constexpr float kNegInf = -__builtin_inff();
 constexpr std::int64_t kMaxBlockKeys = kWindowBlockKeys;
@@ -54,6 +55,16 @@ inline vf vexp2(vf x) {
     p = vfma(p, f, vset(0x1.62e42ap-1F));
     p = vfma(p, f, vset(1.0F));
     return vmul(p, vpower(t));
+}
+
+// 2^(x - y + low), low being small, with the digits that x - y loses (Knuth's two-sum)
+inline vf vexp2_of_difference(vf x, vf y, vf low) {
+    const vf d = vsub(x, y);
+    const vf part = vsub(d, x);
+    const vf lost = vadd(low, vsub(vsub(x, vsub(d, part)), vadd(y, part)));
+    const vf p = vexp2(d);
+    // Below, p is 0 and what was lost may be no number.
+    return vfma(p, vmul(vset(kLn2), vzero_unless_above(d, -127.0F, lost)), p);
 }
 
 // Tile heights that end without a tile of one or two rows where possible:
@@ -225,12 +236,21 @@ struct Normaliser {
     vf factor, gate;
 };
 
-inline Normaliser normalise(vf m, vf l, vf sink) {
+// `low` is what rounding has taken from the sink. The digits that the difference
+// loses where a sink is far above the logits would all be seen in the gate.
+inline Normaliser normalise(vf m, vf l, vf sink, vf low) {
     const vf top = vzero_if_equal(vmax(m, sink), kNegInf);
-    const vf keys = vexp2(vsub(m, top));
-    const vf rest = vexp2(vsub(sink, top));
-    const vf factor = vdiv(keys, vfma(l, keys, rest));
+    const vf key_share = vexp2_of_difference(m, top, vset(0.0F));
+    const vf sink_share = vexp2_of_difference(sink, top, low);
+    const vf factor = vdiv(key_share, vfma(l, key_share, sink_share));
     return {factor, vmul(l, factor)};
+}
+
+// log of l 2^m / 2^sink, in nats: infinite where there is no sink or no key
+inline float gate_logit(float m, float l, float sink) {
+    return sink == kNegInf ? -kNegInf
+           : m == kNegInf  ? kNegInf
+                           : (m - sink) * kLn2 + __builtin_logf(l);
 }
 
 inline float sigmoid(float x) { return 1.0F / (1.0F + __builtin_expf(-x)); }
@@ -324,12 +344,15 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
         }
     }
     alignas(64) float sink[kLanes];
+    alignas(64) float low[kLanes];  // what rounding takes from the sink
     alignas(64) float factor[kLanes];
     alignas(64) float gate[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
         const int r = lane < panel.row_count ? lane : panel.row_count - 1;
-        const float x = panel.rows[r].sink * kLog2e;
+        const float nats = panel.rows[r].sink;
+        const float x = nats * kLog2e;
         sink[lane] = x > __FLT_MAX__ ? __FLT_MAX__ : x;  // infinity minus itself is no number
+        low[lane] = finite(x) ? __builtin_fmaf(nats, kLog2e, -x) + nats * kLog2eLow : 0.0F;
     }
     if (block.first_key >= 0) {
         const std::int64_t first = block.first_key;
@@ -340,13 +363,19 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
             const int r = lane < panel.row_count ? lane : panel.row_count - 1;
             const bool sees = panel.rows[r].sees_first;
             sink[lane] = sees ? sink[lane] : kNegInf;
+            low[lane] = 0.0F;
             panel.lo[lane] = block.first_key;
             panel.hi[lane] = sees ? block.first_key + 1 : block.first_key;
+        }
+        for (int lane = 0; lane < panel.row_count; ++lane) {
+            if (panel.rows[lane].gate_logit != nullptr) {
+                *panel.rows[lane].gate_logit = gate_logit(panel.m[lane], panel.l[lane], sink[lane]);
+            }
         }
         for (int n = 0; n < NV; ++n) {
             vstore(gate + n * kWidth,
                    normalise(vload(panel.m + n * kWidth), vload(panel.l + n * kWidth),
-                             vload(sink + n * kWidth))
+                             vload(sink + n * kWidth), vload(low + n * kWidth))
                        .gate);
         }
         Panel<NV> only = panel;
@@ -358,7 +387,7 @@ inline void finish(const Panel<NV>& panel, const Block& block, float* gates, flo
     }
     for (int n = 0; n < NV; ++n) {
         const Normaliser x = normalise(vload(panel.m + n * kWidth), vload(panel.l + n * kWidth),
-                                       vload(sink + n * kWidth));
+                                       vload(sink + n * kWidth), vload(low + n * kWidth));
         vstore(factor + n * kWidth, x.factor);
         if (block.first_key < 0) {
             vstore(gate + n * kWidth, x.gate);

@@ -1,11 +1,11 @@
 // Both matrix products of a block in fp32, included by the ISA files after
 // block_kernel.inl.
 
-// acc[r] += sum over i < n of a[r * a_row + i * a_step] b[i]
+// acc[r] += sum over i < n of a[r * a_row + i * a_step] b[i * b_step]
 template <int R, int NV>
 inline void dot(vf (&acc)[R][NV], const float* a, std::int64_t a_row, std::int64_t a_step,
-                const float* b, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i, a += a_step, b += NV * kWidth) {
+                const float* b, std::int64_t b_step, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i, a += a_step, b += b_step) {
         vf right[NV];
 #pragma GCC unroll 4
         for (int c = 0; c < NV; ++c) {
@@ -38,7 +38,7 @@ inline void logit_tile(const float* k, std::int64_t row, std::int64_t d, std::in
                        const float* q, float* s, vf* top) {
     for (std::int64_t i = 0; i < d; i += chunk) {
         vf acc[R][NV] = {};
-        dot(acc, k + i, row, 1, q + i * NV * kWidth, d - i < chunk ? d - i : chunk);
+        dot(acc, k + i, row, 1, q + i * NV * kWidth, NV * kWidth, d - i < chunk ? d - i : chunk);
         const bool last = i + chunk >= d;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
@@ -59,7 +59,7 @@ template <int R, int NV>
 inline void value_tile(const float* v, std::int64_t row, std::int64_t keys, const float* p,
                        float* o, const vf* alpha) {
     vf acc[R][NV] = {};
-    dot(acc, v, 1, row, p, keys);
+    dot(acc, v, 1, row, p, NV * kWidth, keys);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -251,18 +251,6 @@ def test_names_what_is_missing_or_superfluous(
     assert_refused(good(kind) | change, ValueError, name, got, "")
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "sinks", "gate"])
-def test_inputs_that_require_grad_are_refused_while_gradients_are_recorded(name: str) -> None:
-    call = good("gated" if name == "gate" else "sink")
-    call[name] = call[name].clone().requires_grad_()
-    tensors = [call[x] for x in ("q", "k", "v")]
-    rest = {x: value for x, value in call.items() if x not in ("q", "k", "v")}
-    with torch.no_grad():
-        out = sink_attention(*tensors, **rest)
-    assert not out.requires_grad
-    assert_refused(call, ValueError, name, "True", "False")
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_tensors_with_a_tangent_are_refused() -> None:
     call = good()

@@ -84,12 +84,6 @@ def test_a_model_asked_for_attention_weights_says_so(name: str) -> None:
         run(tiny(name), "quernstone", input_ids=tokens(), output_attentions=True)
 
 
-def test_a_model_asked_for_gradients_says_so() -> None:
-    model = tiny("llama", attn_implementation="quernstone")
-    with pytest.raises(ValueError, match=r"q\.requires_grad.*torch\.no_grad"):
-        model(input_ids=tokens())
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_a_padding_mask_with_holes_is_named(name: str) -> None:
     mask = torch.ones(3, 23, dtype=torch.int64)

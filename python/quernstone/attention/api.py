@@ -100,8 +100,7 @@ def sink_attention(
 
     Raises:
         ValueError: an argument that is missing, superfluous, out of range, or of another rank,
-            shape, dtype or device than it should be; a tensor that requires grad while gradients
-            are recorded. The message names the argument, what came and what was expected.
+            shape, dtype or device than it should be. The message names the argument, what came and what was expected.
         TypeError: an argument of the wrong Python type.
 
     Source: "Attention Sink Forges Native MoE in Attention Layers", arXiv 2602.01203: gates and
@@ -123,7 +122,13 @@ def sink_attention(
             or (sinks is not None and sinks.requires_grad)
             or (gate is not None and gate.requires_grad)
         ):
-            _refuse_gradients(q, k, v, sinks, gate)
+            if token_mask is not None and not return_aux:
+                raise ValueError("token_mask: got a tensor, expected None unless return_aux is true")
+            padding = (key_start, key_lengths)
+            out, lse, importance, _ = torch_op.sink_attention_training(
+                q, k, v, kind, sinks, gate, causal, window, scale, *padding, token_mask
+            )
+            return (out, Aux(lse, importance)) if return_aux else out
         # By position: torch parses keywords more slowly than a short kernel runs.
         if return_aux:
             padding = (key_start, key_lengths)
@@ -141,17 +146,6 @@ def sink_attention(
         # torch's dispatcher refuses wrong types and devices in its own words.
         _explain(locals())
         raise
-
-
-def _refuse_gradients(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, gate: Tensor | None
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks), ("gate", gate)):
-        if isinstance(x, Tensor) and x.requires_grad:
-            raise ValueError(
-                f"{name}.requires_grad: got True, expected False: the backward pass is not part "
-                "of this version; call under torch.no_grad() or pass a detached tensor"
-            )
 
 
 def _refuse_kind(kind: object) -> None:
