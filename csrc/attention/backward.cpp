@@ -207,8 +207,8 @@ class Backward {
             if (f_.kind == Kind::kSink) {
                 if (!blind) {
                     // Far from the logits a sink leaves few digits to an fp32 difference.
-                    const Gate gate = gate_of(static_cast<double>(lse) -
-                                              static_cast<double>(*f_.sinks.at(h)));
+                    const Gate gate =
+                        gate_of(static_cast<double>(lse) - static_cast<double>(*f_.sinks.at(h)));
                     weight = gate.open;
                     shift = dlse + gate.open * (gate.shut * dgate_mean - delta);
                     dsink -= static_cast<double>(gate.shut * (delta + gate.open * dgate_mean));
@@ -238,15 +238,21 @@ class Backward {
             put(blind ? 0.0F : g.shut * (delta + g.open * dgate_mean), *dgate);
             return;
         }
-        const T* out = f_.out.at(b, h, t, 0);
-        const T* dout = a_.dout.at(b, h, t, 0);
-        const float mean = dgate_mean / static_cast<float>(width);
-        for (std::int64_t i = 0; i < width; ++i) {
-            const Gate g = gate_of(as_float(gate[i * f_.gate.stride[3]]));
-            const float own =
-                as_float(dout[i * a_.dout.stride[3]]) * as_float(out[i * f_.out.stride[3]]);
-            put(blind ? 0.0F : g.shut * (own + g.open * mean), dgate[i]);
+        if (blind) {
+            std::fill_n(dgate, width, T{});
+            return;
         }
+        GateRow row{};
+        row.gate = gate;
+        row.out = f_.out.at(b, h, t, 0);
+        row.dout = a_.dout.at(b, h, t, 0);
+        row.dgate = dgate;
+        row.gate_col = f_.gate.stride[3];
+        row.out_col = f_.out.stride[3];
+        row.dout_col = a_.dout.stride[3];
+        row.width = width;
+        row.mean = dgate_mean / static_cast<float>(width);
+        kernel_.gate(row);
     }
 
     // dout . out
@@ -311,6 +317,7 @@ class Backward {
                 }
             }
         }
+        Scratch::of_this_thread().release_large();
     }
 
     void key_block(std::int64_t b, std::int64_t g, std::int64_t index, std::int64_t row_part,

@@ -81,14 +81,25 @@ struct GradBlock {
 inline constexpr std::int64_t kGradKeys = 144;  // a multiple of every tile height
 inline constexpr std::int64_t kGradRows = 64;   // a multiple of every wide panel
 
+struct GateRow {       // an element-wise gate of one query row
+    const void* gate;  // [d] logits
+    const void* out;   // [d] gate times attention
+    const void* dout;  // [d]
+    void* dgate;       // [d], contiguous
+    std::int64_t gate_col, out_col, dout_col;
+    std::int64_t width;
+    float mean;  // gradient of each gate by itself
+};
+
 // load() reads the keys of a block; rows() then takes up to kGradRows query rows
-// at a time, with the same scratch.
+// at a time, with the same scratch. gate() makes dgate = (1 - G) (dout out + G mean).
 struct GradKernel {
     std::int64_t (*padded)(std::int64_t width);
     std::size_t (*scratch_bytes)(std::int64_t width);
     void (*load)(const GradBlock& block, std::byte* scratch);
     void (*rows)(const GradBlock& block, const GradRow* rows, std::int64_t count,
                  std::byte* scratch);
+    void (*gate)(const GateRow& row);
 };
 
 // `narrow` holds fewer rows a panel: for a handful of rows, or a small window,

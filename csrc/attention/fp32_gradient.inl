@@ -304,6 +304,29 @@ struct Fp32Gradient {
         }
     }
 
+    static void gate(const GateRow& row) {
+        const auto* x = static_cast<const T*>(row.gate);
+        const auto* out = static_cast<const T*>(row.out);
+        const auto* dout = static_cast<const T*>(row.dout);
+        auto* dgate = static_cast<T*>(row.dgate);
+        std::int64_t i = 0;
+        if (row.gate_col == 1 && row.out_col == 1 && row.dout_col == 1) {
+            const vf mean = vset(row.mean);
+            for (; i + kWidth <= row.width; i += kWidth) {
+                const vf logit = Stored<T>::load(x + i);
+                const vf own = vmul(Stored<T>::load(dout + i), Stored<T>::load(out + i));
+                const vf sum = vfma(vsigmoid(logit), mean, own);
+                Stored<T>::store(dgate + i, vmul(vsigmoid(vsub(vset(0.0F), logit)), sum));
+            }
+        }
+        for (; i < row.width; ++i) {
+            const float logit = Stored<T>::get(x[i * row.gate_col]);
+            const float own =
+                Stored<T>::get(dout[i * row.dout_col]) * Stored<T>::get(out[i * row.out_col]);
+            dgate[i] = Stored<T>::put(sigmoid(-logit) * (own + sigmoid(logit) * row.mean));
+        }
+    }
+
     // [lane][padded] to [d][lane], times `scale`
     static void pack(const float* from, std::int64_t d, float scale, float* to) {
         const std::int64_t row = padded(d);
@@ -331,5 +354,5 @@ struct Fp32Gradient {
 template <class T>
 constexpr GradKernel make_grad_kernel() {
     using G = Fp32Gradient<T>;
-    return {G::padded, G::scratch_bytes, G::load, G::rows};
+    return {G::padded, G::scratch_bytes, G::load, G::rows, G::gate};
 }
