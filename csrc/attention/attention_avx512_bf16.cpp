@@ -21,11 +21,13 @@ inline vi broadcast_pair(const std::uint16_t* p) {
     return _mm512_set1_epi32(pair);
 }
 
-// acc[r] += sum over pairs of a[r][pair] b[pair]; a at r * a_row + pair * a_pair
+// acc[r] += sum over pairs of a[r][pair] b[pair]; a at r * a_row + pair * a_pair,
+// b at pair * b_pair
 template <int R, int NV>
 inline void dot_pairs(vf (&acc)[R][NV], const std::uint16_t* a, std::int64_t a_row,
-                      std::int64_t a_pair, const std::int32_t* b, std::int64_t pairs) {
-    for (std::int64_t i = 0; i < pairs; ++i, a += a_pair, b += NV * kWidth) {
+                      std::int64_t a_pair, const std::int32_t* b, std::int64_t b_pair,
+                      std::int64_t pairs) {
+    for (std::int64_t i = 0; i < pairs; ++i, a += a_pair, b += b_pair) {
         vi right[NV];
 #pragma GCC unroll 4
         for (int n = 0; n < NV; ++n) {
@@ -39,6 +41,36 @@ inline void dot_pairs(vf (&acc)[R][NV], const std::uint16_t* a, std::int64_t a_r
                 acc[r][n] = _mm512_dpbf16_ps(acc[r][n], as_bf16(left), as_bf16(right[n]));
             }
         }
+    }
+}
+
+inline void copy_channels(const std::uint16_t* from, std::int64_t col, std::int64_t d,
+                          std::uint16_t* to) {
+    if (col == 1) {
+        std::memcpy(to, from, static_cast<std::size_t>(d) * sizeof *to);
+        return;
+    }
+    for (std::int64_t i = 0; i < d; ++i) {
+        to[i] = from[i * col];
+    }
+}
+
+// to[i] = {first[i], second[i]}, a null pointer being zeros
+inline void interleave(const std::uint16_t* first, const std::uint16_t* second, std::int64_t col,
+                       std::int64_t d, std::uint16_t* to) {
+    std::int64_t i = 0;
+    if (col == 1 && first != nullptr && second != nullptr) {
+        for (; i + kWidth <= d; i += kWidth) {
+            const vi low = _mm512_cvtepu16_epi32(
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + i)));
+            const vi high = _mm512_cvtepu16_epi32(
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + i)));
+            _mm512_storeu_si512(to + 2 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+    for (; i < d; ++i) {
+        to[2 * i] = first != nullptr ? first[i * col] : std::uint16_t{0};
+        to[2 * i + 1] = second != nullptr ? second[i * col] : std::uint16_t{0};
     }
 }
 
@@ -71,7 +103,7 @@ struct Bf16Dot {
         for (std::int64_t j = 0; j < n; ++j) {
             std::uint16_t* to = k + j * even(d);
             to[even(d) - 1] = 0;
-            copy(from_k + j * block.k_row, block.k_col, d, to);
+            copy_channels(from_k + j * block.k_row, block.k_col, d, to);
         }
         for (std::int64_t j = 0; j < n; j += 2) {
             const std::uint16_t* second = j + 1 < n ? from_v + (j + 1) * block.v_row : nullptr;
@@ -172,36 +204,6 @@ struct Bf16Dot {
     }
 
    private:
-    static void copy(const std::uint16_t* from, std::int64_t col, std::int64_t d,
-                     std::uint16_t* to) {
-        if (col == 1) {
-            std::memcpy(to, from, static_cast<std::size_t>(d) * sizeof *to);
-            return;
-        }
-        for (std::int64_t i = 0; i < d; ++i) {
-            to[i] = from[i * col];
-        }
-    }
-
-    // to[i] = {first[i], second[i]}, a null second being zeros
-    static void interleave(const std::uint16_t* first, const std::uint16_t* second,
-                           std::int64_t col, std::int64_t d, std::uint16_t* to) {
-        std::int64_t i = 0;
-        if (col == 1 && second != nullptr) {
-            for (; i + kWidth <= d; i += kWidth) {
-                const vi low = _mm512_cvtepu16_epi32(
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + i)));
-                const vi high = _mm512_cvtepu16_epi32(
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + i)));
-                _mm512_storeu_si512(to + 2 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
-        }
-        for (; i < d; ++i) {
-            to[2 * i] = first[i * col];
-            to[2 * i + 1] = second != nullptr ? second[i * col] : std::uint16_t{0};
-        }
-    }
-
     // Two rows of probabilities as bf16, lane by lane side by side.
     static vi round_pair(vf even_key, vf odd_key) {
         const vi low =
@@ -215,7 +217,7 @@ struct Bf16Dot {
     static void logit_tile(const std::uint16_t* k, std::int64_t d, float scale,
                            const std::int32_t* q, float* s, vf* top) {
         vf acc[R][NV] = {};
-        dot_pairs(acc, k, even(d), 2, q, even(d) / 2);
+        dot_pairs(acc, k, even(d), 2, q, NV * kWidth, even(d) / 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -231,7 +233,7 @@ struct Bf16Dot {
     static void value_tile(const std::uint16_t* v, std::int64_t v_pair, std::int64_t pairs,
                            const std::int32_t* p, float* o, const vf* alpha) {
         vf acc[R][NV] = {};
-        dot_pairs(acc, v, 2, v_pair, p, pairs);
+        dot_pairs(acc, v, 2, v_pair, p, NV * kWidth, pairs);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -243,8 +245,12 @@ struct Bf16Dot {
     }
 };
 
+#include "attention/gradient.inl"
+#include "attention/gradient_bf16.inl"
+
 }  // namespace
 
 const Kernels kBf16 = make_kernels<Bf16Dot, std::uint16_t>();
+const GradKernel kGradBf16 = make_grad_kernel<Bf16Gradient, std::uint16_t>();
 
 }  // namespace quernstone::attention::avx512_bf16_vnni

@@ -21,6 +21,7 @@ const GradKernel& grad_kernel() noexcept {
 #if defined(QS_HAVE_X86)
     switch (active_isa()) {
         case Isa::kAvx512Bf16Vnni:
+            return wide ? avx512::kGradF32 : avx512_bf16_vnni::kGradBf16;
         case Isa::kAvx512:
             return wide ? avx512::kGradF32 : avx512::kGradBf16;
         case Isa::kAvx2:
@@ -339,6 +340,8 @@ class Backward {
         block.dv = dv;
         block.scale = f_.scale;
         const Visibility<T> visible(f_, e_, b);
+        block.seen_begin = visible.of(0).lo;
+        block.seen_end = visible.of(e_.t - 1).hi;
         block.first_key = first_shifts_ != shifts_ ? visible.first() : -1;
         const std::int64_t n = block.end - block.begin;
         if (row_part == 0) {

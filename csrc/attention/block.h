@@ -71,8 +71,9 @@ struct GradBlock {
     const void* v;
     std::int64_t q_col, dout_col, gate_col, k_row, k_col, v_row, v_col;
     std::int64_t width;
-    std::int64_t begin, end;  // the keys of this block, at most kGradKeys
-    float* dk;                // [end - begin][padded width] sums so far
+    std::int64_t begin, end;            // the keys of this block, at most kGradKeys
+    std::int64_t seen_begin, seen_end;  // the keys that some row of the head sees
+    float* dk;                          // [end - begin][padded width] sums so far
     float* dv;
     float scale;
     std::int32_t first_key;  // -1: none
@@ -122,6 +123,7 @@ extern const GradKernel kGradF32, kGradBf16;
 }  // namespace avx512
 namespace avx512_bf16_vnni {
 extern const Kernels kBf16;
-}
+extern const GradKernel kGradBf16;
+}  // namespace avx512_bf16_vnni
 
 }  // namespace quernstone::attention

@@ -1,5 +1,6 @@
 """Gradients: the reference's, those of other implementations, and what autograd asks of an op."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,8 +61,14 @@ def test_more_queries_than_keys_and_rows_that_see_nothing(isa: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_gradients(isa: str, kind: str) -> None:
-    case = Case(kind=kind, dtype=torch.bfloat16, ratio=2, queries=150, keys=150, width=64)
-    assert_small(errors(case), str(case), BF16)
+    for case in (
+        Case(kind=kind, ratio=2, queries=150, keys=150, width=64),
+        Case(kind=kind, ratio=3, queries=75, keys=161, width=40, padding="both", some_tokens=True),
+        Case(kind=kind, causal=False, window=9, queries=70, keys=301, width=17),
+        Case(kind=kind, queries=90, keys=31, width=100, padding="start"),
+    ):
+        bf16 = replace(case, dtype=torch.bfloat16)
+        assert_small(errors(bf16), str(bf16), BF16)
 
 
 @pytest.mark.parametrize("sink", [-60.0, 60.0])
@@ -106,17 +113,22 @@ def test_the_importance_alone_of_saturated_gates(isa: str, kind: str, shift: flo
         assert relative_error(x, y) <= FP32
 
 
-def test_a_query_without_keys_and_its_neighbours_stay_clean(isa: str) -> None:
-    (q, k, v), options = Case(queries=40, keys=40, batch=1).make()
-    options["key_start"] = torch.tensor([20])
-    q[:, :, :20] = float("nan")
-    k[:, :, :20] = float("nan")
-    v[:, :, :20] = float("inf")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_without_keys_and_its_neighbours_stay_clean(isa: str, dtype: torch.dtype) -> None:
+    (q, k, v), options = Case(queries=40, keys=40, batch=1, dtype=dtype).make()
+    options["key_start"] = torch.tensor([21])
+    options["key_lengths"] = torch.tensor([37])
+    for hidden in (slice(0, 21), slice(37, 40)):
+        k[:, :, hidden] = float("nan")
+        v[:, :, hidden] = float("inf")
+    q[:, :, :21] = float("nan")
     got, _ = ours((q, k, v), options)
     for name, gradient in got.items():
         assert gradient.isfinite().all(), name
     for name in "qkv":
-        assert not got[name][:, :, :20].any(), name
+        assert not got[name][:, :, :21].any(), name
+    for name in "kv":
+        assert not got[name][:, :, 37:].any(), name
 
 
 @pytest.mark.parametrize("window", [None, 9])
