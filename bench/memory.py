@@ -19,7 +19,7 @@ def peak_beyond(factory: str, **arguments: Any) -> int:
 
     Args:
         factory: "module:function"; the function gets the arguments and gives a callable that
-            returns a tensor. Its inputs are made before the measurement.
+            returns a tensor or several. Its inputs are made before the measurement.
     """
     command = [sys.executable, "-m", "quernstone.bench.memory", factory, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -35,8 +35,9 @@ def _measure(factory: str, arguments: dict[str, Any]) -> int:
     CLEAR_REFS.write_text("5")
     before = _status("VmRSS")
     result = call()
+    results = [result] if hasattr(result, "nbytes") else list(result)
     # The counters lag by a few pages, which shows where the call needs none.
-    return max(0, _status("VmHWM") - before - int(result.nbytes))
+    return max(0, _status("VmHWM") - before - sum(int(x.nbytes) for x in results))
 
 
 def _status(field: str) -> int:

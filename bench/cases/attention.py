@@ -5,8 +5,9 @@ Axes: b batch, h query heads, g key heads (h % g == 0), t queries, s keys, d hea
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from quernstone.attention import reference
-from quernstone.attention.types import Kind
+from quernstone.attention.types import Aux, Kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative Frobenius error above which a result is not the function asked for: the spacing of the
 # type, times a depth that rounding in the products and in the sum over keys stays well within.
 TOLERANCE = {"fp32": 8 * 2.0**-23, "bf16": 2 * 2.0**-8}
+# The same of a gradient, which passes through twice as many roundings.
+GRADIENT_TOLERANCE = {name: 2 * tolerance for name, tolerance in TOLERANCE.items()}
 # A block of query rows keeps the fp64 reference's score matrix within a few hundred megabytes.
 REFERENCE_ROWS = 256
 
@@ -100,23 +103,106 @@ class AttentionCase:
         gate = normal(self.batch, self.heads, self.queries, self.width)
         return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), sinks, gate.to(dtype))
 
+    def incoming(self) -> Tensor:
+        """The gradient of the output, where a row measures a backward pass."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        shape = (self.batch, self.heads, self.queries, self.width)
+        return torch.randn(shape, generator=generator).to(DTYPES[self.dtype])
+
     def expected(self, *, plain: bool = False) -> Tensor:
         """The reference's output in fp64, kept for the next row on the same inputs.
 
         `plain` leaves the gate out: the function of a rival that has none.
         """
+        return _expected(self._twin(plain))
+
+    def expected_gradients(self, *, plain: bool = False, balance: float = 0.0) -> dict[str, Tensor]:
+        """The reference's gradients in fp64, by the name of the input.
+
+        Of `incoming` and, with a weight, of balance x h x CV² of the importance.
+        """
+        return _expected_gradients(self._twin(plain), balance)
+
+    def _twin(self, plain: bool) -> AttentionCase:
         twin = replace(self, id="", threads=1, quick=False)
-        return _expected(replace(twin, kind="vanilla") if plain else twin)
+        return replace(twin, kind="vanilla") if plain else twin
 
 
 @functools.lru_cache(maxsize=4)
 def _expected(case: AttentionCase) -> Tensor:
+    with _all_threads():
+        return in_blocks(reference.sink_attention, case, case.inputs())
+
+
+@functools.lru_cache(maxsize=4)
+def _expected_gradients(case: AttentionCase, balance: float) -> dict[str, Tensor]:
+    x = case.inputs()
+    leaves = x._replace(**{name: tensor.double() for name, tensor in x._asdict().items()})
+    wanted = trained(case, leaves)
+    with _all_threads(), torch.enable_grad():
+        dimportance = _balance_gradient(case, leaves, balance) if balance else None
+        start, dout = 0, case.incoming().double()
+        sums = {name: torch.zeros_like(leaf) for name, leaf in wanted.items()}
+
+        def add(*tensors: Tensor, **keywords: Any) -> Tensor:
+            nonlocal start
+            out, aux = _both(*tensors, **keywords)
+            stop = start + out.shape[2]
+            results, incoming = [out], [dout[:, :, start:stop]]
+            if dimportance is not None:
+                results.append(aux.importance)
+                incoming.append(dimportance * out.shape[2] / case.queries)
+            gradients = torch.autograd.grad(results, list(wanted.values()), incoming)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += gradient
+            start = stop
+            return out.detach()
+
+        in_blocks(add, case, leaves)
+    return sums
+
+
+def _both(*tensors: Tensor, **keywords: Any) -> tuple[Tensor, Aux]:
+    result = reference.sink_attention(*tensors, return_aux=True, **keywords)
+    assert isinstance(result, tuple)
+    return result
+
+
+def _balance_gradient(case: AttentionCase, x: Inputs, weight: float) -> Tensor:
+    """d(weight h CV²) / d importance, where every token counts: kinds sink and gated."""
+    if case.kind == "vanilla":
+        raise ValueError("kind: got 'vanilla', whose first tokens do not count, expected another")
+    importance = torch.zeros(case.heads, dtype=torch.float64)
+
+    def add(*tensors: Tensor, **keywords: Any) -> Tensor:
+        nonlocal importance
+        out, aux = _both(*tensors, **keywords)
+        importance = importance + aux.importance.detach() * out.shape[2] / case.queries
+        return out.detach()
+
+    with torch.no_grad():
+        in_blocks(add, case, x)
+    importance.requires_grad_()
+    loss = weight * case.heads * importance.var(correction=0) / importance.mean() ** 2
+    (gradient,) = torch.autograd.grad(loss, importance)
+    return gradient
+
+
+@contextlib.contextmanager
+def _all_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, 2))
     try:
-        return in_blocks(reference.sink_attention, case, case.inputs())
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+def trained(case: AttentionCase, x: Inputs) -> dict[str, Tensor]:
+    """The inputs of the case that a backward pass has gradients for, which now require them."""
+    names = ["q", "k", "v"]
+    names += {"sink": ["sinks"], "gated": ["gate"], "vanilla": []}[case.kind]
+    return {name: getattr(x, name).requires_grad_() for name in names}
 
 
 def in_blocks(attention: Callable[..., Any], case: AttentionCase, x: Inputs) -> Tensor:
@@ -159,6 +245,11 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
         raise ValueError(f"got shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
     wide = result.double()
     return float((wide - expected).norm() / expected.norm())
+
+
+def gradient_error(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest relative error among the gradients."""
+    return max(relative_error(results[name], expected[name]) for name in expected)
 
 
 def sweep(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 
 from quernstone.bench import machine
-from quernstone.bench.cases.attention import TOLERANCE, AttentionCase, Inputs, relative_error
+from quernstone.bench.cases.attention import (
+    GRADIENT_TOLERANCE,
+    TOLERANCE,
+    AttentionCase,
+    Inputs,
+    gradient_error,
+    relative_error,
+    trained,
+)
 from quernstone.bench.harness import Absent, Check, Rival
 from quernstone.bench.optional import get_extra
 
@@ -44,6 +53,38 @@ def all_of(case: AttentionCase, x: Inputs) -> list[Rival | Absent]:
     return found
 
 
+def steps(case: AttentionCase, x: Inputs) -> list[Rival | Absent]:
+    """Forward and backward of the rivals that have gradients."""
+    return [step(forward, case, x) for forward in (flash, hugging_face_eager, zero_key)]
+
+
+def step(
+    forward: Callable[[AttentionCase, Inputs], Rival | Absent], case: AttentionCase, x: Inputs
+) -> Rival | Absent:
+    """A rival's forward pass and the gradients of every input that it has them for."""
+    plain = forward is flash
+    leaves = Inputs(*(tensor.detach().clone() for tensor in x))
+    wanted = trained(replace(case, kind="vanilla") if plain else case, leaves)
+    rival = forward(case, leaves)
+    if isinstance(rival, Absent):
+        return rival
+    dout = case.incoming()
+
+    def run() -> dict[str, Tensor]:
+        gradients = torch.autograd.grad(rival.run(), list(wanted.values()), dout)
+        return dict(zip(wanted, gradients, strict=True))
+
+    return replace(rival, run=run, check=gradient_check(case, plain=plain))
+
+
+def gradient_check(case: AttentionCase, *, plain: bool = False, slack: float = SLACK) -> Check:
+    """Gradients of ours or of a rival against the fp64 reference's."""
+    return Check(
+        lambda gradients: gradient_error(gradients, case.expected_gradients(plain=plain)),
+        slack * GRADIENT_TOLERANCE[case.dtype],
+    )
+
+
 def flash(case: AttentionCase, x: Inputs) -> Rival:
     """torch's CPU flash attention. It has no sinks: less work than ours, held to its own result."""
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -63,31 +104,36 @@ def hugging_face_eager(case: AttentionCase, x: Inputs) -> Rival | Absent:
         return Absent(EAGER, f"{error}; {EXTRA}")
     module = SimpleNamespace(
         num_key_value_groups=case.heads // case.kv_heads,
-        sinks=x.sinks.to(x.q.dtype),
         training=False,
     )
     mask = _mask(case, x.q.dtype)
     eager = gpt_oss.eager_attention_forward
 
     def run() -> Tensor:
+        module.sinks = x.sinks.to(x.q.dtype)
         out: Tensor = eager(module, x.q, x.k, x.v, mask, case.width**-0.5)[0]
-        return out
+        return out.transpose(1, 2)
 
-    return Rival(EAGER, run, _transposed(check(case)), machine.versions(("transformers",)))
+    return Rival(EAGER, run, check(case), machine.versions(("transformers",)))
 
 
 def zero_key(case: AttentionCase, x: Inputs) -> Rival:
     """torch's SDPA with one more key of no value, whose mask column is the sink."""
-    heads, sinks = case.heads, x.sinks.to(x.q.dtype)
-    column = sinks.view(1, heads, 1, 1).expand(1, heads, case.queries, 1)
-    mask = _mask(case, x.q.dtype).expand(1, heads, case.queries, case.keys)
-    mask = torch.cat([mask, column], dim=-1)
-    groups = heads // case.kv_heads
+    groups = case.heads // case.kv_heads
+    shape = (1, case.heads, case.queries, case.keys)
+    seen = _mask(case, x.q.dtype).expand(shape)
+
+    def with_sinks() -> Tensor:
+        column = x.sinks.to(x.q.dtype).view(1, -1, 1, 1).expand(*shape[:3], 1)
+        return torch.cat([seen, column], dim=-1)
+
+    # Sinks that are trained are others at every step.
+    mask = None if x.sinks.requires_grad else with_sinks()
 
     def run() -> Tensor:
         k, v = (torch.nn.functional.pad(tensor, (0, 0, 0, 1)) for tensor in (x.k, x.v))
         return torch.nn.functional.scaled_dot_product_attention(
-            x.q, k, v, attn_mask=mask, enable_gqa=groups > 1
+            x.q, k, v, attn_mask=with_sinks() if mask is None else mask, enable_gqa=groups > 1
         )
 
     return Rival(ZERO_KEY, run, check(case), machine.versions(("torch",)))
@@ -178,8 +224,3 @@ def _mask(case: AttentionCase, dtype: torch.dtype) -> Tensor:
         seen = seen & (key > position - case.window)
     mask = torch.zeros(case.queries, case.keys, dtype=dtype).masked_fill(~seen, float("-inf"))
     return mask.view(1, 1, case.queries, case.keys)
-
-
-def _transposed(inner: Check) -> Check:
-    """transformers puts the heads after the tokens."""
-    return Check(lambda out: inner.error(out.transpose(1, 2)), inner.tolerance)

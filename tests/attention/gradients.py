@@ -38,7 +38,9 @@ def ours(
 ) -> tuple[dict[str, Tensor], Incoming]:
     """Gradient by name of every input that has one."""
     leaves = _leaves(tensors, options, None)
-    out, aux = split(sink_attention(leaves["q"], leaves["k"], leaves["v"], **options | _rest(leaves)))
+    out, aux = split(
+        sink_attention(leaves["q"], leaves["k"], leaves["v"], **options | _rest(leaves))
+    )
     incoming = Incoming(out, aux, **changes)
     return _gradients(incoming.total(out, aux), leaves), incoming
 

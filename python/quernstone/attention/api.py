@@ -100,7 +100,8 @@ def sink_attention(
 
     Raises:
         ValueError: an argument that is missing, superfluous, out of range, or of another rank,
-            shape, dtype or device than it should be. The message names the argument, what came and what was expected.
+            shape, dtype or device than it should be. The message names the argument, what came
+            and what was expected.
         TypeError: an argument of the wrong Python type.
 
     Source: "Attention Sink Forges Native MoE in Attention Layers", arXiv 2602.01203: gates and
@@ -123,7 +124,9 @@ def sink_attention(
             or (gate is not None and gate.requires_grad)
         ):
             if token_mask is not None and not return_aux:
-                raise ValueError("token_mask: got a tensor, expected None unless return_aux is true")
+                raise ValueError(
+                    "token_mask: got a tensor, expected None unless return_aux is true"
+                )
             padding = (key_start, key_lengths)
             out, lse, importance, _ = torch_op.sink_attention_training(
                 q, k, v, kind, sinks, gate, causal, window, scale, *padding, token_mask

@@ -5,6 +5,7 @@ Axes: b batch, h query heads, g key heads (h % g == 0), t queries, s keys, d hea
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from quernstone.attention.types import Aux, Kind
 
@@ -141,12 +142,12 @@ def sink_attention(
         first = torch.arange(keys) == start.view(-1, 1, 1, 1)
         lse_first = logits.masked_fill(~first, _NEVER).logsumexp(-1)
         lse_rest = logits.masked_fill(first, _NEVER).logsumexp(-1)
-        g = (lse_rest - lse_first).sigmoid()
+        g = _sigmoid(lse_rest - lse_first)
         counted = (seen & ~first).any(-1)
     elif kind == "sink":
-        g = (finite_lse - _required(sinks, "sinks", kind).double().view(-1, 1)).sigmoid()
+        g = _sigmoid(finite_lse - _required(sinks, "sinks", kind).double().view(-1, 1))
     else:
-        g = _required(gate, "gate", kind).double().sigmoid()
+        g = _sigmoid(_required(gate, "gate", kind).double())
     if sinks is not None and kind != "sink":
         raise ValueError(f"sinks: got a tensor, expected None with kind={kind!r}")
     if gate is not None and kind != "gated":
@@ -164,6 +165,11 @@ def sink_attention(
         tokens = tokens & token_mask.unsqueeze(1)
     total = g.mean(-1).where(tokens, 0.0).sum(dim=(0, 2))
     return out, Aux(lse, total / tokens.sum().clamp(min=1))
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """Autograd's own, y (1 - y), is 0 where y rounds to 1."""
+    return logsigmoid(x).exp()
 
 
 def _required(tensor: Tensor | None, name: str, kind: Kind) -> Tensor:
