@@ -10,9 +10,12 @@ from quernstone.bench import bench_attention
 from quernstone.bench.cases.attention import (
     REFERENCE_ROWS,
     AttentionCase,
+    Inputs,
     arguments,
+    gradient_error,
     relative_error,
     sweep,
+    trained,
 )
 from quernstone.bench.harness import Absent
 from quernstone.bench.memory import peak_beyond
@@ -68,6 +71,41 @@ def test_every_rival_computes_the_function(dtype: str, kv_heads: int) -> None:
     for rival in rivals.all_of(case, case.inputs()):
         assert not isinstance(rival, Absent), rival
         assert rival.check.error(rival.run()) <= rival.check.tolerance, rival.name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_every_rival_computes_the_gradients(dtype: str, kv_heads: int) -> None:
+    case = replace(SMALL, dtype=dtype, kv_heads=kv_heads)
+    for rival in rivals.steps(case, case.inputs()):
+        assert not isinstance(rival, Absent), rival
+        for _ in range(2):
+            assert rival.check.error(rival.run()) <= rival.check.tolerance, rival.name
+
+
+@pytest.mark.parametrize("balance", [0.0, 1e3])
+@pytest.mark.parametrize("kind", ["sink", "gated"])
+def test_gradients_of_blocks_are_those_of_the_whole(kind: str, balance: float) -> None:
+    rows = REFERENCE_ROWS + 11
+    case = replace(SMALL, kind=kind, queries=rows, keys=rows + 5)
+    x = Inputs(*(tensor.double() for tensor in case.inputs()))
+    wanted = trained(case, x)
+    result = reference.sink_attention(x.q, x.k, x.v, return_aux=True, **arguments(case, x))
+    out, aux = result
+    loss = (out * case.incoming().double()).sum()
+    mean = aux.importance.mean()
+    loss = loss + balance * (aux.importance / mean - 1).square().sum()
+    gradients = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+    assert gradient_error(gradients, case.expected_gradients(balance=balance)) < 1e-12
+
+
+def test_a_check_of_gradients_refuses_a_lost_term() -> None:
+    case = replace(SMALL, kind="gated")
+    gradients = dict(case.expected_gradients())
+    check = rivals.gradient_check(case)
+    assert check.error(gradients) == 0.0
+    gradients["gate"] = 1.001 * gradients["gate"]
+    assert check.error(gradients) > check.tolerance
 
 
 def test_a_check_refuses_another_sink() -> None:
