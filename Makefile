@@ -4,7 +4,7 @@
 ## make lint      ruff, clang-format and mypy; changes no file
 ## make format    lets ruff and clang-format change files
 ## make sanitize  the tests under address and undefined-behaviour sanitizers, then a leak check
-## make gpu       the checks that need a CUDA device
+## make gpu       builds, checks and times the CUDA kernels, where PY's torch sees a CUDA device
 ## make wheel     sdist and manylinux wheel -> dist/
 ## make clean     removes what was built; keeps .venv
 ##
@@ -20,7 +20,6 @@ TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(PICK),a
 find = $(shell find $(1) -type f -not -path '*/__pycache__/*' -not -path 'bench/results/*')
 SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
-GPU_KERNELS := $(wildcard kernels/triton/[a-z]*.py kernels/cuda/*.cu)
 
 .PHONY: help run test bench lint format sanitize gpu wheel clean system-run system-test
 
@@ -47,12 +46,15 @@ format: .venv/packages
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-gpu: .venv/built
-ifeq ($(GPU_KERNELS),)
-	@echo "This version has no GPU kernel, so there is nothing to check on a GPU."
-else
-	$(BIN)/python -m pytest -m gpu
-endif
+# A machine with a GPU brings its own torch for CUDA: PY is used as it is, and nothing is downloaded.
+# Other versions of torch may warn of other things.
+GPU := PYTHONPATH=build/gpu/site $(PY)
+gpu:
+	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device')"
+	$(PY) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade \
+	    --target build/gpu/site -C build-dir=build/gpu/package .
+	$(GPU) -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $(wildcard tests/*/test_gpu*.py)
+	$(GPU) -m quernstone.bench.gpu --record
 
 wheel: .venv/packages
 	rm -rf dist

@@ -33,7 +33,7 @@ def following(console: Console) -> Iterator[Events]:
     task = bar.add_task("collecting", total=None)
 
     def finished(row: Row) -> None:
-        console.print(_line(row), soft_wrap=True)
+        console.print(line(row), soft_wrap=True)
         bar.advance(task)
 
     # Rows are timed while this is on the screen: a redraw must not steal their cores.
@@ -48,18 +48,18 @@ def following(console: Console) -> Iterator[Events]:
         )
 
 
-def _line(row: Row) -> Text:
-    line = Text(" ")
-    line.append(f"{row.id}  ", style="cyan")
-    line.append(words.figure(row.ours, row.unit), style="bold")
+def line(row: Row) -> Text:
+    text = Text(" ")
+    text.append(f"{row.id}  ", style="cyan")
+    text.append(words.figure(row.ours, row.unit), style="bold")
     nearest = words.nearest_rival(row)
     if nearest:
-        line.append(f"  {words.ratio(nearest[1].ratio)} {nearest[0]}", style="dim")
+        text.append(f"  {words.ratio(nearest[1].ratio)} {nearest[0]}", style="dim")
     if row.percent_of_limit is not None:
-        line.append(f"  {words.percent(row.percent_of_limit)} of limit", style="dim")
+        text.append(f"  {words.percent(row.percent_of_limit)} of limit", style="dim")
     if row.ours is None and row.notes:
-        line.append(f"  {row.notes[-1]}", style="yellow")
-    return line
+        text.append(f"  {row.notes[-1]}", style="yellow")
+    return text
 
 
 def show(console: Console, results: Results) -> None:

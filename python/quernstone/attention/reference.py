@@ -20,6 +20,7 @@ def visible(
     window: int | None = None,
     key_start: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Which key each query sees.
 
@@ -34,13 +35,14 @@ def visible(
             `window - 1` keys after it. None sees all.
         key_start: [b] first key of each sequence (left padding).
         key_lengths: [b] end, exclusive, of the keys of each sequence (right padding).
+        device: where the result is wanted, and where `key_start` and `key_lengths` are.
 
     Returns:
         bool [b, 1, t, s], true where the key is seen; b is 1 without `key_start` and `key_lengths`.
     """
-    position = torch.arange(queries)[:, None] + keys - queries
-    key = torch.arange(keys)
-    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+    position = torch.arange(queries, device=device)[:, None] + keys - queries
+    key = torch.arange(keys, device=device)
+    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
     if causal:
         seen = seen & (key <= position)
     if window is not None:
@@ -125,6 +127,7 @@ def sink_attention(
         window=window,
         key_start=key_start,
         key_lengths=key_lengths,
+        device=q.device,
     )
     # A key that no query sees may hold anything, NaN too: the unused end of a cache.
     v = v.masked_fill(~seen.any(dim=2).unsqueeze(-1), 0.0)
@@ -138,8 +141,8 @@ def sink_attention(
 
     counted = sees_a_key
     if kind == "vanilla":
-        start = torch.zeros(1, dtype=torch.int64) if key_start is None else key_start
-        first = torch.arange(keys) == start.view(-1, 1, 1, 1)
+        start = q.new_zeros(1, dtype=torch.int64) if key_start is None else key_start
+        first = torch.arange(keys, device=q.device) == start.view(-1, 1, 1, 1)
         lse_first = logits.masked_fill(~first, _NEVER).logsumexp(-1)
         lse_rest = logits.masked_fill(first, _NEVER).logsumexp(-1)
         g = _sigmoid(lse_rest - lse_first)
