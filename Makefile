@@ -50,7 +50,8 @@ format: .venv/packages
 # Other versions of torch may warn of other things.
 GPU := PYTHONPATH=build/gpu/site $(PY)
 gpu:
-	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no CUDA device')"
+	@$(PY) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || \
+	    { echo "make gpu: $(PY) has no torch that sees a CUDA device"; exit 1; }
 	$(PY) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade \
 	    --target build/gpu/site -C build-dir=build/gpu/package .
 	$(GPU) -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $(wildcard tests/*/test_gpu*.py)
