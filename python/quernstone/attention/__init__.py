@@ -1,7 +1,8 @@
 """Attention with sinks and gates, and what its gates say about the heads."""
 
-from quernstone.attention import reference
+from quernstone.attention import reference, schedules
 from quernstone.attention.api import sink_attention
+from quernstone.attention.balance import head_balance_loss, head_variation, most_important
 from quernstone.attention.hf import register_with_transformers
 from quernstone.attention.report import HeadReport, head_report
 from quernstone.attention.types import Aux, Kind
@@ -10,8 +11,12 @@ __all__ = [
     "Aux",
     "HeadReport",
     "Kind",
+    "head_balance_loss",
     "head_report",
+    "head_variation",
+    "most_important",
     "reference",
     "register_with_transformers",
+    "schedules",
     "sink_attention",
 ]
