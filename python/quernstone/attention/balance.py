@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 SharedHeads = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 """Per layer the heads that the loss leaves out: bool [l, h], l bool [h], or l lists of indices."""
@@ -65,20 +66,24 @@ def head_balance_loss(
     check_options(weight, shared, skip_layers, correction, shared_heads)
     if skip_layers >= len(rows):
         raise ValueError(f"skip_layers: got {skip_layers}, expected fewer than {len(rows)} layers")
-    if shared_heads is None:
+    x = _padded(importances, rows)
+    balanced = _present(rows, x)
+    if shared_heads is not None:
+        balanced = balanced & ~_padded_masks(_masks(shared_heads, rows), x)
+        if not bool(balanced[skip_layers:].any(1).all()):
+            layer = skip_layers + int(balanced[skip_layers:].any(1).long().argmin())
+            raise ValueError(f"shared_heads[{layer}]: got every head, expected one to be left")
+    elif shared:
         for layer, row in enumerate(rows):
             if layer >= skip_layers and shared >= len(row):
                 raise ValueError(
                     f"shared: got {shared}, expected fewer than the {len(row)} heads of "
                     f"layer {layer}"
                 )
-        left_out = [_top(row, shared) for row in rows]
-    else:
-        left_out = _masks(shared_heads, rows)
-    total = rows[0].new_zeros(())
-    for layer in range(skip_layers, len(rows)):
-        total = total + _balance(rows[layer], ~left_out[layer], layer, correction)
-    return weight * total
+        balanced = balanced & ~_top(x.masked_fill(~balanced, -math.inf), shared)
+    x, balanced = x[skip_layers:], balanced[skip_layers:]
+    heads = balanced.sum(1)
+    return weight * (heads * _squared_variation(x, balanced, correction)).sum()
 
 
 def most_important(importances: Tensor | Sequence[Tensor], m: int) -> list[Tensor]:
@@ -100,7 +105,7 @@ def most_important(importances: Tensor | Sequence[Tensor], m: int) -> list[Tenso
     for layer, row in enumerate(rows):
         if not 0 <= m <= len(row):
             raise ValueError(f"m: got {m}, expected 0 to the {len(row)} heads of layer {layer}")
-    return [_top(row, m) for row in rows]
+    return [_top(row.unsqueeze(0), m)[0] for row in rows]
 
 
 def head_variation(importances: Tensor | Sequence[Tensor]) -> Tensor:
@@ -116,8 +121,10 @@ def head_variation(importances: Tensor | Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError, TypeError: as `head_balance_loss`.
     """
-    rows = [row.detach() for row in layers_of(importances)]
-    return torch.stack([_squared_variation(x, torch.ones_like(x).bool(), 0).sqrt() for x in rows])
+    with torch.no_grad():
+        rows = layers_of(importances)
+        x = _padded(importances, rows)
+        return _squared_variation(x, _present(rows, x), 0).sqrt()
 
 
 def check_options(
@@ -166,31 +173,43 @@ def layers_of(importances: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return rows
 
 
-def _balance(x: Tensor, balanced: Tensor, layer: int, correction: int) -> Tensor:
-    heads = int(balanced.sum())
-    if heads == 0:
-        raise ValueError(f"shared_heads[{layer}]: got every head, expected one to be left")
-    return heads * _squared_variation(x, balanced, correction)
+def _padded(importances: Tensor | Sequence[Tensor], rows: list[Tensor]) -> Tensor:
+    """[l, largest h], zeros behind the heads of a layer that has fewer."""
+    return importances if isinstance(importances, Tensor) else pad_sequence(rows, batch_first=True)
+
+
+def _padded_masks(masks: list[Tensor], x: Tensor) -> Tensor:
+    return pad_sequence(masks, batch_first=True).to(x.device)
+
+
+def _present(rows: list[Tensor], x: Tensor) -> Tensor:
+    """bool [l, largest h], true for the heads that a layer has."""
+    heads = torch.tensor([len(row) for row in rows], device=x.device)
+    return torch.arange(x.shape[1], device=x.device) < heads.unsqueeze(1)
 
 
 def _squared_variation(x: Tensor, balanced: Tensor, correction: int) -> Tensor:
-    """CV^2 of x, [h], over the heads that are true in `balanced`."""
-    x = x[balanced]
-    mean = x.mean()
+    """[l] CV^2 of x, [l, h], over the heads that are true in `balanced`."""
+    heads = balanced.sum(1)
+    mean = x.masked_fill(~balanced, 0.0).sum(1, keepdim=True) / heads.unsqueeze(1)
     dead = mean.abs() < torch.finfo(x.dtype).tiny
     # CV does not depend on what is subtracted before the mean of the differences, so the pivot is
     # a constant; equal importances give differences of exactly 0, which x - mean does not.
-    deviation = (x - x[0].detach()).masked_fill(dead, 0.0)
+    pivot = x.detach().gather(1, balanced.long().argmax(1, keepdim=True))
+    deviation = (x - pivot).masked_fill(~balanced | dead, 0.0)
     # Dividing first keeps the square of a small mean from underflowing.
     relative = deviation / mean.masked_fill(dead, 1.0)
-    relative = relative - relative.mean()
-    return relative.square().sum() / max(1, len(x) - correction)
+    relative = relative - relative.sum(1, keepdim=True) / heads.unsqueeze(1)
+    squares = relative.square().masked_fill(~balanced, 0.0)
+    return squares.sum(1) / (heads - correction).clamp(min=1)
 
 
 def _top(x: Tensor, m: int) -> Tensor:
+    """bool [l, h], true for the m largest of each row of x."""
     # A NaN must not hide among the heads that are left out.
-    order = x.detach().nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
-    return torch.zeros_like(x, dtype=torch.bool).index_fill(0, order[:m], True)
+    sortable = x.detach().nan_to_num(nan=-math.inf, neginf=-math.inf)
+    order = sortable.argsort(stable=True, dim=1, descending=True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, order[:, :m], True)
 
 
 def _masks(shared_heads: SharedHeads, rows: list[Tensor]) -> list[Tensor]:
