@@ -40,7 +40,7 @@ extern "C" {
 // sizeof(QsAttentionDecode), for a caller that wrote the struct down in another language.
 int64_t qs_attention_decode_struct_bytes(void);
 
-// Bytes of scratch memory that the call needs. Reads the extents, window and lse.
+// Bytes of scratch memory that the call needs. Reads the extents and the window.
 int64_t qs_attention_decode_scratch(const QsAttentionDecode* args);
 
 // Queues the kernels on the stream (a cudaStream_t). Null, or a literal that says what failed.
