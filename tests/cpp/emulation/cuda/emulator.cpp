@@ -1,5 +1,9 @@
+// A fortified longjmp takes a switch to another stack for an error.
+#undef _FORTIFY_SOURCE
+
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -52,7 +56,9 @@ struct Fiber {
     std::string error;
     std::vector<Copy> uncommitted;
     std::deque<std::vector<Copy>> copies;
-    ucontext_t context{};
+    char* stack = nullptr;
+    bool started = false;
+    jmp_buf at;
     void* fake_stack = nullptr;
 };
 
@@ -63,7 +69,7 @@ std::map<const void*, std::size_t>& allowed_shared() {
     return bytes;
 }
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* kernel_body = nullptr;
 
@@ -99,14 +105,33 @@ void run_fiber() {
     (*kernel_body)();
     running->state = Fiber::kEnded;
     before_leaving(nullptr);
-    setcontext(&scheduler);
+    _longjmp(scheduler, 1);
+}
+
+// ucontext makes the stack; the jumps between stacks need no system call.
+void enter(Fiber& fiber) {
+    before_fiber(fiber.stack);
+    if (_setjmp(scheduler) == 0) {
+        if (fiber.started) {
+            _longjmp(fiber.at, 1);
+        }
+        fiber.started = true;
+        ucontext_t context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = fiber.stack;
+        context.uc_stack.ss_size = kStackBytes;
+        makecontext(&context, run_fiber, 0);
+        setcontext(&context);
+    }
+    after_fiber();
 }
 
 void leave() {
-    Fiber& self = *running;
-    before_leaving(&self.fake_stack);
-    swapcontext(&self.context, &scheduler);
-    on_entry(self.fake_stack);
+    before_leaving(&running->fake_stack);
+    if (_setjmp(running->at) == 0) {
+        _longjmp(scheduler, 1);
+    }
+    on_entry(running->fake_stack);
 }
 
 // Ends the launch from inside a fiber, which does not come back.
@@ -156,7 +181,7 @@ class Block {
             fiber.number = i;
             fiber.index = dim3(i % shape.block.x, i / shape.block.x % shape.block.y,
                                i / shape.block.x / shape.block.y);
-            prepare(fiber.context, stack(i));
+            fiber.stack = stack(i);
             order_[i] = schedule.order == Order::kDescending
                             ? static_cast<unsigned>(fibers_.size()) - 1 - i
                             : i;
@@ -195,19 +220,10 @@ class Block {
         return stacks[i].get();
     }
 
-    static void prepare(ucontext_t& context, char* stack) {
-        getcontext(&context);
-        context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = kStackBytes;
-        makecontext(&context, run_fiber, 0);
-    }
-
     static void resume(Fiber& fiber) {
         running = &fiber;
         threadIdx = fiber.index;
-        before_fiber(fiber.context.uc_stack.ss_sp);
-        swapcontext(&scheduler, &fiber.context);
-        after_fiber();
+        enter(fiber);
         if (!fiber.error.empty()) {
             throw std::runtime_error(name(fiber) + " " + fiber.error);
         }
