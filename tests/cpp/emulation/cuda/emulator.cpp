@@ -53,7 +53,7 @@ struct Fiber {
     Wait wait{};
     std::source_location where;
     std::uint64_t answer = 0;
-    std::string error;
+    const char* error = nullptr;
     std::vector<Copy> uncommitted;
     std::deque<std::vector<Copy>> copies;
     char* stack = nullptr;
@@ -135,7 +135,7 @@ void leave() {
 }
 
 // Ends the launch from inside a fiber, which does not come back.
-void fail(const std::string& text) {
+void fail(const char* text) {
     running->error = text;
     leave();
 }
@@ -224,7 +224,7 @@ class Block {
         running = &fiber;
         threadIdx = fiber.index;
         enter(fiber);
-        if (!fiber.error.empty()) {
+        if (fiber.error != nullptr) {
             throw std::runtime_error(name(fiber) + " " + fiber.error);
         }
     }
@@ -406,3 +406,9 @@ void finish_copies(std::size_t but_the_last) {
 }
 
 }  // namespace emulation
+
+// set_schedule() for ctypes
+extern "C" void emulation_set_schedule(int order, std::uint64_t seed, int poison) {
+    emulation::set_schedule(
+        {static_cast<emulation::Order>(order), seed, static_cast<unsigned char>(poison)});
+}
