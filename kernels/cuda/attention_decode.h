@@ -329,6 +329,24 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, kResident)
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0F / (1.0F + expf(-x)); }
 
+// sigmoid(ln(total 2^top) - sink), the sink in nats. A difference of numbers around 60 is rounded by
+// 4e-6, which the gate would inherit: what rounding takes is put back.
+__device__ float sink_gate(float top, float total, float sink) {
+    const float x = __fmul_rn(sink, kLog2e);  // not part of a fused multiply-add
+    const float difference = top - x;
+    const float part = difference - top;
+    const float low =
+        (fmaf(sink, kLog2e, -x) + sink * kLog2eLow) - ((top - (difference - part)) - (x + part));
+    // Further apart the gate is 0 or 1, and `low` may be anything.
+    const bool near = fabsf(difference) < 256.0F;
+    const float keep = near ? exp2f(difference < 0.0F ? -low : low) : 1.0F;
+    if (difference < 0.0F) {
+        const float odds = total * exp2f(difference) * keep;
+        return odds / (1.0F + odds);
+    }
+    return 1.0F / (1.0F + exp2f(-difference) * keep / total);
+}
+
 // One row per block: adds up its splits in a fixed order, then gates it.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kMergers, kResident)
@@ -403,7 +421,7 @@ __global__ void __launch_bounds__(kWarp* kMergers, kResident)
     }
     const float lse = total == 0.0F ? kNever : (top + log2f(total)) * kLn2;
     if (a.kind == QS_SINK) {
-        gate = total == 0.0F ? 0.0F : sigmoid(lse - a.sinks[h]);
+        gate = total == 0.0F ? 0.0F : sink_gate(top, total, a.sinks[h]);
     }
     const T* gate_row = static_cast<const T*>(a.gate);
     if (a.kind == QS_GATED) {

@@ -13,6 +13,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffU;
 constexpr int kVectorBytes = 16;  // of one load or copy of a thread
 constexpr float kLog2e = 1.4426950408889634F;
+constexpr float kLog2eLow = 1.925963033500115e-8F;  // log2(e) is the sum of the two
 constexpr float kLn2 = 0.6931471805599453F;
 
 __device__ __forceinline__ float to_float(float x) { return x; }

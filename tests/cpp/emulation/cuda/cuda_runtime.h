@@ -33,6 +33,8 @@ using emulation::threadIdx;
 
 using Where = std::source_location;
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 inline void __syncthreads(Where where = Where::current()) {
     emulation::wait({emulation::Wait::kBlock, 0, 0, 0}, where);
 }
