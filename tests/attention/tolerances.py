@@ -1,7 +1,7 @@
 """How far a result may be from the fp64 reference. The only numbers of their kind in these tests.
 
-u is the unit roundoff, 2^-24 for fp32, 2^-11 for fp16 and 2^-8 for bf16. "Relative error" of a tensor is the
-Frobenius norm of the difference over that of the reference.
+u is the unit roundoff, 2^-24 for fp32, 2^-11 for fp16 and 2^-8 for bf16. "Relative error" of a
+tensor is the Frobenius norm of the difference over that of the reference.
 """
 
 import torch

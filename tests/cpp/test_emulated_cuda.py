@@ -65,7 +65,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def check_call(
-    decode: Decode, q: Tensor, k: Tensor, v: Tensor, label: str = "", sd: float = 1.0, **options: Any
+    decode: Decode,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    label: str = "",
+    sd: float = 1.0,
+    **options: Any,
 ) -> Result:
     """Asserts that one call gives the reference's result, and returns it."""
     want, want_aux = split(reference.sink_attention(q, k, v, **options))
