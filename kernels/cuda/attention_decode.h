@@ -337,14 +337,14 @@ __device__ float sink_gate(float top, float total, float sink) {
     const float part = difference - top;
     const float low =
         (fmaf(sink, kLog2e, -x) + sink * kLog2eLow) - ((top - (difference - part)) - (x + part));
-    // Further apart the gate is 0 or 1, and `low` may be anything.
-    const bool near = fabsf(difference) < 256.0F;
-    const float keep = near ? exp2f(difference < 0.0F ? -low : low) : 1.0F;
+    if (difference < -256.0F) {
+        return 0.0F;  // `low` may be anything
+    }
     if (difference < 0.0F) {
-        const float odds = total * exp2f(difference) * keep;
+        const float odds = total * exp2f(difference) * exp2f(-low);
         return odds / (1.0F + odds);
     }
-    return 1.0F / (1.0F + exp2f(-difference) * keep / total);
+    return 1.0F / (1.0F + exp2f(-difference) / total);
 }
 
 // One row per block: adds up its splits in a fixed order, then gates it.

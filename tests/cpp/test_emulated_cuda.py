@@ -148,7 +148,7 @@ def test_any_number_of_keys_and_splits(decode: Decode, kind: str, keys: int) -> 
     check(decode, Case(kind=kind, queries=3, batch=1, key_heads=1, ratio=2, keys=keys))
 
 
-@pytest.mark.parametrize("window", [1, 2, 31, 256, 257, 600, 10**9, 2**62])
+@pytest.mark.parametrize("window", [1, 2, 31, 88, 256, 257, 344, 600, 10**9, 2**62])
 @pytest.mark.parametrize("kind", ["sink", "vanilla"])
 def test_any_window(decode: Decode, kind: str, window: int) -> None:
     check(decode, Case(kind=kind, queries=3, batch=1, keys=600, window=window, key_heads=1))
@@ -188,6 +188,16 @@ def test_a_first_key_far_from_the_others(decode: Decode, shift: float) -> None:
     q[..., 0] = 1.0
     k[:, :, 0, 0] = shift * 8.0
     check_call(decode, q, k, v, sd=abs(shift), **options)
+
+
+def test_a_first_key_alone_and_far_below(decode: Decode) -> None:
+    q, k, v = torch.ones(1, 2, 1, 32), torch.full((1, 2, 1, 32), -40.0), torch.randn(1, 2, 1, 32)
+    out, lse, importance = decode(q, k, v, "vanilla", scale=1.0, aux=True)
+    assert torch.equal(out, v)
+    assert lse is not None
+    torch.testing.assert_close(lse, torch.full((1, 2, 1), -1280.0))
+    assert importance is not None
+    assert importance.tolist() == [0.0, 0.0]  # no token counts
 
 
 @pytest.mark.parametrize("sd", [8.0, 30.0])
@@ -242,6 +252,17 @@ def test_strides_offsets_and_broadcasts_do_not_matter(decode: Decode, dtype: tor
     got = decode(*shared[:3], "gated", gate=shared[3])[0]
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beside_a_narrow_row_is_read(decode: Decode, dtype: torch.dtype) -> None:
+    """The rows begin at multiples of 16 bytes; their ends do not."""
+    (q, k, v), options = Case(dtype=dtype, queries=2, keys=40, width=33).make()
+
+    def among_nans(x: Tensor) -> Tensor:
+        return torch.full((*x.shape[:3], 40), math.nan, dtype=dtype)[..., :33].copy_(x)
+
+    check_call(decode, among_nans(q), among_nans(k), among_nans(v), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
