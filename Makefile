@@ -75,7 +75,7 @@ library = $(shell $(CXX) -print-file-name=lib$(1).so)
 sanitize: .venv/packages
 	$(BIN)/pip install -q --no-build-isolation --no-deps --upgrade --target build/sanitize/site . \
 	    -C build-dir=build/sanitize/package -C cmake.build-type=RelWithDebInfo \
-	    -C install.strip=false -C cmake.define.$(SANITIZERS)
+	    -C install.strip=false -C cmake.define.QS_CUDA=OFF -C cmake.define.$(SANITIZERS)
 	PYTHONPATH=build/sanitize/site PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    LD_PRELOAD=$(call library,asan):$(call library,stdc++) \

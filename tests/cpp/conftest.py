@@ -33,12 +33,17 @@ def run(*command: str | Path, **environment: str) -> str:
     return output
 
 
-def build_unit(name: str, *definitions: str) -> Path:
-    """Builds the test binary in build/<name> and gives its path."""
+def build(name: str, target: str, *definitions: str) -> Path:
+    """Builds one target of the C++ tests in build/<name> and gives that folder."""
     directory = ROOT / "build" / name
     cmake = program("cmake")
     ninja = f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"
     options = [f"-D{definition}" for definition in ("QS_TESTS=ON", "QS_WERROR=ON", *definitions)]
     run(cmake, "-G", "Ninja", "-S", ROOT, "-B", directory, ninja, *options)
-    run(cmake, "--build", directory, "--target", BINARY)
-    return directory / BINARY
+    run(cmake, "--build", directory, "--target", target)
+    return directory
+
+
+def build_unit(name: str, *definitions: str) -> Path:
+    """Builds the test binary in build/<name> and gives its path."""
+    return build(name, BINARY, *definitions) / BINARY

@@ -21,6 +21,7 @@ def emulated_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
     settings = (
         f"-Cbuild-dir={ROOT / 'build' / 'emulated'}",
+        "-Ccmake.define.QS_CUDA=OFF",
         "-Ccmake.define.QS_EMULATE_AVX512=ON",
         f"-Ccmake.define.QS_SIMDE_DIR={simde_py.get_include()}",
     )

@@ -1,6 +1,7 @@
 """What is inside the sdist and the wheel, and what the wheel asks of a machine."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -45,10 +46,13 @@ def test_the_wheel_holds(wheel_names: list[str], name: str) -> None:
     assert name in wheel_names
 
 
-def test_the_wheel_holds_one_compiled_module(wheel_names: list[str]) -> None:
-    compiled = [name for name in wheel_names if name.endswith(".so")]
-    assert len(compiled) == 1
-    assert compiled[0].startswith("quernstone/_core.")
+def test_the_wheel_holds_one_compiled_module_and_the_cuda_kernels_where_nvcc_is(
+    wheel_names: list[str],
+) -> None:
+    module, *others = sorted(name for name in wheel_names if name.endswith(".so"))
+    assert module.startswith("quernstone/_core.")
+    assert others in ([], ["quernstone/libquernstone_cuda.so"])
+    assert others or shutil.which("nvcc") is None
 
 
 def test_the_wheel_holds_the_licence(wheel_names: list[str]) -> None:
@@ -58,7 +62,7 @@ def test_the_wheel_holds_the_licence(wheel_names: list[str]) -> None:
 def test_the_wheel_leaves_out_records_and_what_only_a_developer_needs(
     wheel_names: list[str],
 ) -> None:
-    unwanted = re.compile(r"bench/results/|__pycache__|^tests/|^csrc/|\.(cpp|inl|jsonl)$")
+    unwanted = re.compile(r"bench/results/|__pycache__|^tests/|^csrc/|\.(cpp|inl|cu|jsonl)$")
     assert not [name for name in wheel_names if unwanted.search(name)]
 
 
