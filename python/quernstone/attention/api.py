@@ -123,7 +123,9 @@ def sink_attention(
             or (gate is not None and gate.requires_grad)
         ):
             if token_mask is not None and not return_aux:
-                raise ValueError("token_mask: got a tensor, expected None unless return_aux is true")
+                raise ValueError(
+                    "token_mask: got a tensor, expected None unless return_aux is true"
+                )
             padding = (key_start, key_lengths)
             out, lse, importance, _ = torch_op.sink_attention_training(
                 q, k, v, kind, sinks, gate, causal, window, scale, *padding, token_mask
