@@ -84,7 +84,7 @@ def store_rows(base, index, stride, present, x, WIDTH: tl.constexpr, D: tl.const
 
 @triton.jit
 def dot(a, b, acc, DOT_IN_FP32: tl.constexpr):
-    """acc + a b. Triton's interpreter multiplies the bits of bf16 numbers: DOT_IN_FP32 avoids it."""
+    """acc + a b; DOT_IN_FP32 is for Triton's interpreter, which multiplies the bits of bf16."""
     if DOT_IN_FP32:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -102,7 +102,7 @@ def sigmoids(x):
 
 @triton.jit
 def sink_gate(lse, sink):
-    """Gate and 1 - gate of a sink. In fp64: far from the logits a difference in fp32 has few digits."""
+    """Gate and 1 - gate of a sink; far from the logits a difference in fp32 has too few digits."""
     opened, shut = sigmoids(lse.to(tl.float64) - sink.to(tl.float64))
     blind = lse == float("-inf")
     opened = tl.where(blind, 0.0, opened.to(tl.float32))

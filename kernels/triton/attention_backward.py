@@ -37,7 +37,7 @@ from quernstone.kernels.triton.attention import (
 
 @triton.jit
 def counts_for_importance(row, b, row_lo, row_hi, start, token_mask, T, KIND: tl.constexpr):
-    """Whether the gate of a token is known (it sees a key, vanilla: beside the first) and asked for."""
+    """Whether a token has a gate (it sees a key, vanilla: beside the first) that is asked for."""
     if KIND == VANILLA:
         row_lo = tl.maximum(row_lo, start + 1)
     counted = (row < T) & (row_lo < row_hi)
@@ -85,8 +85,9 @@ def _sink_attention_bwd_rows_kernel(
     key_lengths,
     token_mask,
     counts,  # [COUNTS] int32 of the count kernel, or None
-    weights,  # [b, h, t] fp32
+    bases,  # [b, h, t] fp32
     shifts,  # [b, h, t] fp32
+    weights,  # [b, h, t] fp32; None: folded into the others
     first_shifts,  # [b, h, t] fp32, or None
     gated_dout,  # [b, h, t, d], contiguous: dout times an element-wise gate, or None
     dgate,  # as gate, contiguous, or None
@@ -144,21 +145,29 @@ def _sink_attention_bwd_rows_kernel(
         counted = counts_for_importance(row, b, row_lo, row_hi, start, token_mask, T, KIND)
         dgate_mean = tl.where(counted, tl.load(dimportance + h) / tokens, 0.0)
 
-    weight = tl.full((BLOCK_T,), 1.0, tl.float32)
+    base = nats * LOG2E
     direct = tl.zeros((BLOCK_T,), tl.float32)
     if dlse is not None:
         direct = tl.load(dlse + at_row, mask=sees, other=0.0)
     shift = direct - delta
     if KIND == SINK:
         opened, shut = sink_gate(tl.where(sees, nats, float("-inf")), tl.load(sinks + h))
-        weight = opened
-        shift = direct + opened * (shut * dgate_mean - delta)
+        if weights is None:
+            base -= tl.log2(opened)
+            shift = shut * dgate_mean - delta
+        else:
+            shift = direct + opened * (shut * dgate_mean - delta)
+            tl.store(weights + at_row, opened, mask=inside)
         terms = tl.where(sees, shut * (delta + opened * dgate_mean), 0.0)
         tl.store(dsink_parts + bh.to(tl.int64) * blocks + block, -tl.sum(terms, 0))
     if KIND == GATED:
         at_gate = gate + b * stride_gb + h * stride_gh + from_row * stride_gt + local * stride_gt
         opened, shut = sigmoids(tl.load(at_gate, mask=inside, other=0.0).to(tl.float32))
-        weight = opened
+        if weights is None:
+            base -= tl.log2(opened)
+            shift = tl.where(opened > 0.0, shift / opened, 0.0)
+        else:
+            tl.store(weights + at_row, opened, mask=inside)
         gradient = tl.where(sees, shut * (delta + opened * dgate_mean), 0.0)
         tl.store(dgate + at_row, gradient.to(dgate.dtype.element_ty), mask=inside)
     if KIND == GATED_BY_ELEMENT:
@@ -175,8 +184,14 @@ def _sink_attention_bwd_rows_kernel(
         opened, shut = sigmoids(logit)
         tl.store(first_shifts + at_row, shift - opened * dgate_mean, mask=inside)
         shift += shut * dgate_mean
-    tl.store(weights + at_row, weight, mask=inside)
+    tl.store(bases + at_row, base, mask=inside)
     tl.store(shifts + at_row, shift, mask=inside)
+
+
+@triton.jit
+def load_numbers(base, index, present, MASKED: tl.constexpr):
+    """One number a row; 0 for rows not `present`."""
+    return tl.load(base + index, mask=present, other=0.0) if MASKED else tl.load(base + index)
 
 
 @triton.jit
@@ -187,9 +202,9 @@ def _keys_from_rows(
     values,
     q,
     dout,
-    lse,
-    weights,
+    bases,
     shifts,
+    weights,
     first_shifts,
     stride_q,
     stride_d,
@@ -225,17 +240,10 @@ def _keys_from_rows(
         queries = load_rows(
             q + from_row.to(tl.int64) * stride_q, local, stride_q, sees, WIDTH, D, MASKED
         )
-        if MASKED:
-            nats = tl.load(lse + row, mask=sees, other=0.0)
-            weight = tl.load(weights + row, mask=sees, other=0.0)
-            shift = tl.load(shifts + row, mask=sees, other=0.0)
-        else:
-            nats = tl.load(lse + row)
-            weight = tl.load(weights + row)
-            shift = tl.load(shifts + row)
+        base = load_numbers(bases, row, sees, MASKED)
         zero = tl.zeros((keys.shape[0], BLOCK_T), tl.float32)
         logits = dot(keys, tl.trans(queries), zero, DOT_IN_FP32)
-        p = tl.exp2(logits * scale - (nats * LOG2E)[None, :])
+        p = tl.exp2(logits * scale - base[None, :])
         if MASKED:
             seen = (key[:, None] >= row_lo[None, :]) & (key[:, None] < row_hi[None, :])
             seen = seen & sees[None, :]
@@ -243,13 +251,18 @@ def _keys_from_rows(
         incoming = load_rows(
             dout + from_row.to(tl.int64) * stride_d, local, stride_d, sees, WIDTH, D, MASKED
         )
-        dv = dot((p * weight[None, :]).to(incoming.dtype), incoming, dv, DOT_IN_FP32)
         dp = dot(values, tl.trans(incoming), zero, DOT_IN_FP32)
-        added = shift[None, :]
+        shared = p
+        if weights is not None:
+            weight = load_numbers(weights, row, sees, MASKED)[None, :]
+            shared = p * weight
+            dp = dp * weight
+        dv = dot(shared.to(incoming.dtype), incoming, dv, DOT_IN_FP32)
+        added = load_numbers(shifts, row, sees, MASKED)[None, :]
         if MASKED and first_shifts is not None:
             at_first = tl.load(first_shifts + row, mask=sees, other=0.0)
             added = tl.where(key[:, None] == start, at_first[None, :], added)
-        ds = p * (dp * weight[None, :] + added)
+        ds = p * (dp + added)
         if MASKED:
             # dp may hold the NaN of a value that a row does not see.
             ds = tl.where(seen, ds, 0.0)
@@ -263,9 +276,9 @@ def _sink_attention_bwd_keys_kernel(
     k,
     v,
     dout,
-    lse,
-    weights,
+    bases,
     shifts,
+    weights,  # or None
     first_shifts,  # or None
     key_start,
     key_lengths,
@@ -345,18 +358,21 @@ def _sink_attention_bwd_keys_kernel(
         at_row = (b * G * GROUP + h) * T
         q_head = q + b * stride_qb + h * stride_qh
         dout_head = dout + b * stride_db + h * stride_dh
+        gates = weights
+        if weights is not None:
+            gates = weights + at_row
         firsts = first_shifts
         if first_shifts is not None:
             firsts = first_shifts + at_row
         dk_sum, dv_sum = _keys_from_rows(
-            dk_sum, dv_sum, keys, values, q_head, dout_head, lse + at_row, weights + at_row,
-            shifts + at_row, firsts, stride_qt, stride_dt, key, T, offset, start, end, window,
+            dk_sum, dv_sum, keys, values, q_head, dout_head, bases + at_row, shifts + at_row,
+            gates, firsts, stride_qt, stride_dt, key, T, offset, start, end, window,
             scale_log2, first, head, middle, head + tail, CAUSAL, WINDOWED, WIDTH, D, BLOCK_T,
             True, DOT_IN_FP32,
         )  # fmt: skip
         dk_sum, dv_sum = _keys_from_rows(
-            dk_sum, dv_sum, keys, values, q_head, dout_head, lse + at_row, weights + at_row,
-            shifts + at_row, firsts, stride_qt, stride_dt, key, T, offset, start, end, window,
+            dk_sum, dv_sum, keys, values, q_head, dout_head, bases + at_row, shifts + at_row,
+            gates, firsts, stride_qt, stride_dt, key, T, offset, start, end, window,
             scale_log2, first + head, 0, 0, middle, CAUSAL, WINDOWED, WIDTH, D, BLOCK_T,
             False, DOT_IN_FP32,
         )  # fmt: skip
@@ -370,9 +386,9 @@ def _rows_from_keys(
     dq,
     queries,
     incoming,
-    nats2,
-    weight,
+    base,
     shift,
+    weight,  # or None
     at_first,
     k,
     v,
@@ -412,12 +428,14 @@ def _rows_from_keys(
         )
         zero = tl.zeros((queries.shape[0], BLOCK_S), tl.float32)
         logits = dot(queries, tl.trans(keys), zero, DOT_IN_FP32)
-        p = tl.exp2(logits * scale - nats2[:, None])
+        p = tl.exp2(logits * scale - base[:, None])
         dp = dot(incoming, tl.trans(values), zero, DOT_IN_FP32)
+        if weight is not None:
+            dp = dp * weight[:, None]
         added = shift[:, None]
         if MASKED and FIRST_APART:
             added = tl.where(key[None, :] == start, at_first[:, None], added)
-        ds = p * (dp * weight[:, None] + added)
+        ds = p * (dp + added)
         if MASKED:
             seen = (key[None, :] >= row_lo[:, None]) & (key[None, :] < row_hi[:, None])
             ds = tl.where(seen, ds, 0.0)
@@ -431,9 +449,9 @@ def _sink_attention_bwd_queries_kernel(
     k,
     v,
     dout,
-    lse,
-    weights,
+    bases,
     shifts,
+    weights,  # or None
     first_shifts,  # or None
     key_start,
     key_lengths,
@@ -495,20 +513,22 @@ def _sink_attention_bwd_queries_kernel(
     at_row = bh.to(tl.int64) * T + row
     queries = load_rows(q, local, stride_qt, sees, WIDTH, D, True)
     incoming = load_rows(dout, local, stride_dt, sees, WIDTH, D, True)
-    nats2 = tl.load(lse + at_row, mask=sees, other=0.0) * LOG2E
-    weight = tl.load(weights + at_row, mask=sees, other=0.0)
+    base = tl.load(bases + at_row, mask=sees, other=0.0)
     shift = tl.load(shifts + at_row, mask=sees, other=0.0)
+    weight = weights
+    if weights is not None:
+        weight = tl.load(weights + at_row, mask=sees, other=0.0)
     at_first = shift
     if FIRST_APART:
         at_first = tl.load(first_shifts + at_row, mask=sees, other=0.0)
     total = tl.zeros((BLOCK_T, D), tl.float32)
     total = _rows_from_keys(
-        total, queries, incoming, nats2, weight, shift, at_first, k, v, stride_ks, stride_vs,
+        total, queries, incoming, base, shift, weight, at_first, k, v, stride_ks, stride_vs,
         row_lo, row_hi, lo, hi, start, scale_log2, first, head, middle, head + tail, FIRST_APART,
         WIDTH, D, BLOCK_S, True, DOT_IN_FP32,
     )  # fmt: skip
     total = _rows_from_keys(
-        total, queries, incoming, nats2, weight, shift, at_first, k, v, stride_ks, stride_vs,
+        total, queries, incoming, base, shift, weight, at_first, k, v, stride_ks, stride_vs,
         row_lo, row_hi, lo, hi, start, scale_log2, first + head, 0, 0, middle, FIRST_APART,
         WIDTH, D, BLOCK_S, False, DOT_IN_FP32,
     )  # fmt: skip

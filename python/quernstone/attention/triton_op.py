@@ -99,7 +99,10 @@ def sink_attention_aux(
     call = _prepare(
         q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, token_mask
     )
-    return _forward(call, aux=True, training=False)[:3]
+    out, lse, importance, _ = _forward(call, aux=True, training=False)
+    assert lse is not None
+    assert importance is not None
+    return out, lse, importance
 
 
 def sink_attention_training(
@@ -119,7 +122,11 @@ def sink_attention_training(
     call = _prepare(
         q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, token_mask
     )
-    return _forward(call, aux=True, training=True)
+    out, lse, importance, gate_logit = _forward(call, aux=True, training=True)
+    assert lse is not None
+    assert importance is not None
+    assert gate_logit is not None
+    return out, lse, importance, gate_logit
 
 
 def sink_attention_backward(
@@ -201,7 +208,10 @@ def _on(q: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
 
 
-def _forward(call: _Call, *, aux: bool, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    call: _Call, *, aux: bool, training: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(out, lse, importance, gate_logit); None for what was not asked for."""
     q, k, v = call.q, call.k, call.v
     (b, h, t, d), (g, s) = q.shape, k.shape[1:3]
     vanilla = call.kind == forward_kernels.VANILLA.value
@@ -224,10 +234,9 @@ def _forward(call: _Call, *, aux: bool, training: bool) -> tuple[Tensor, Tensor,
                  h, h // g, t, s, call.window, _log2_scale(call.scale)),
                 {"KIND": call.kind, "NEGATIVE": call.scale < 0, **call.constants},
             )  # fmt: skip
-        if aux:
+        if gate_sums is not None and importance is not None:
             _sum(gate_sums, counts, importance)
-    empty = out  # of results that nobody asked for
-    return out, *(empty if x is None else x for x in (lse, importance, gate_logit))
+    return out, lse, importance, gate_logit
 
 
 def _log2_scale(scale: float) -> float:
@@ -261,7 +270,12 @@ def _backward(
 
     rows_block = max(_STRIP, _ROWS_ELEMENTS // triton.next_power_of_2(d))
     row_blocks = -(-t // rows_block)
-    weights, shifts = q.new_empty(2, b, h, t, dtype=torch.float32)
+    bases, shifts = q.new_empty(2, b, h, t, dtype=torch.float32)
+    # A gate folded into its row's exponent saves a product a score. It costs digits that only
+    # fp32 has, and dlse would have to be divided by it.
+    gated_row = call.kind in (forward_kernels.SINK.value, forward_kernels.GATED.value)
+    apart = gated_row and (dlse is not None or q.dtype is torch.float32)
+    weights = q.new_empty(b, h, t, dtype=torch.float32) if apart else None
     first = vanilla and dimportance is not None
     first_shifts = q.new_empty(b, h, t, dtype=torch.float32) if first else None
     gated_dout = q.new_empty(q.shape) if by_element else None
@@ -273,7 +287,7 @@ def _backward(
             None if dimportance is None else dimportance.contiguous(), out, lse,
             gate_logit.contiguous() if first and gate_logit is not None else None,
             call.sinks, call.gate, *call.mask, counts,
-            weights, shifts, first_shifts, gated_dout, dgate if call.gate is not None else None,
+            bases, shifts, weights, first_shifts, gated_dout, dgate if call.gate is not None else None,
             parts, *dout.stride()[:3], *out.stride()[:3], *call.gate_strides(),
             h, t, s, 0 if counts is None else counts.numel(), call.window,
             KIND=call.kind, **call.constants, **call.width, BLOCK_T=rows_block,
@@ -281,9 +295,19 @@ def _backward(
     if parts is not None:
         _sum(parts, None, dsinks)
     weighted = dout if gated_dout is None else gated_dout
-    rows = (q, k, v, weighted, lse, weights, shifts, first_shifts, call.key_start, call.key_lengths)
-    strides = (x.stride()[:3] for x in (q, k, v, weighted))
-    strides = tuple(stride for group in strides for stride in group)
+    rows = (
+        q,
+        k,
+        v,
+        weighted,
+        bases,
+        shifts,
+        weights,
+        first_shifts,
+        call.key_start,
+        call.key_lengths,
+    )
+    strides = tuple(stride for x in (q, k, v, weighted) for stride in x.stride()[:3])
     scales = (call.scale, call.scale * math.log2(math.e))
     if dk.numel() > 0:
         _launch(
