@@ -184,14 +184,15 @@ def _sink_attention_bwd_rows_kernel(
         opened, shut = sigmoids(logit)
         tl.store(first_shifts + at_row, shift - opened * dgate_mean, mask=inside)
         shift += shut * dgate_mean
-    tl.store(bases + at_row, base, mask=inside)
+    # Of a row that sees nothing, every weight 2^(x - base) is 0.
+    tl.store(bases + at_row, tl.where(sees, base, float("inf")), mask=inside)
     tl.store(shifts + at_row, shift, mask=inside)
 
 
 @triton.jit
-def load_numbers(base, index, present, MASKED: tl.constexpr):
-    """One number a row; 0 for rows not `present`."""
-    return tl.load(base + index, mask=present, other=0.0) if MASKED else tl.load(base + index)
+def load_numbers(base, index, present, absent, MASKED: tl.constexpr):
+    """One number a row; `absent` for rows not `present`."""
+    return tl.load(base + index, mask=present, other=absent) if MASKED else tl.load(base + index)
 
 
 @triton.jit
@@ -204,10 +205,12 @@ def _keys_from_rows(
     dout,
     bases,
     shifts,
-    weights,
-    first_shifts,
-    stride_q,
-    stride_d,
+    weights,  # or None
+    first_shifts,  # or None
+    stride_qh,
+    stride_qt,
+    stride_dh,
+    stride_dt,
     key,
     T,
     offset,
@@ -215,6 +218,7 @@ def _keys_from_rows(
     end,
     window,
     scale,
+    heads,
     first,
     head,
     skip,
@@ -227,45 +231,53 @@ def _keys_from_rows(
     MASKED: tl.constexpr,
     DOT_IN_FP32: tl.constexpr,
 ):
-    """Adds `count` blocks of queries of one head: `head` from `first` on, the rest `skip` later."""
+    """Adds `count` blocks of queries of each head: `head` from `first` on, the rest `skip` later.
+
+    A key outside its sequence gets anything. One loop over heads and blocks, as an outer loop of
+    its own would cost registers that the sums need.
+    """
     local = tl.arange(0, BLOCK_T)
-    for i in range(0, count):
-        block = first + i
+    for turn in range(0, heads * count):
+        h = turn // count
+        block = turn - h * count
         if MASKED:
-            block += tl.where(i < head, 0, skip)
-        from_row = block * BLOCK_T
+            block += tl.where(block < head, 0, skip)
+        from_row = (first + block) * BLOCK_T
         row = from_row + local
         row_lo, row_hi = keys_of(row + offset, start, end, window, CAUSAL, WINDOWED)
         sees = (row < T) & (row_lo < row_hi)
+        h = h.to(tl.int64)
+        at = h * T + from_row
         queries = load_rows(
-            q + from_row.to(tl.int64) * stride_q, local, stride_q, sees, WIDTH, D, MASKED
-        )
-        base = load_numbers(bases, row, sees, MASKED)
+            q + h * stride_qh + from_row.to(tl.int64) * stride_qt,
+            local, stride_qt, sees, WIDTH, D, MASKED,
+        )  # fmt: skip
+        base = load_numbers(bases + at, local, row < T, float("inf"), MASKED)
         zero = tl.zeros((keys.shape[0], BLOCK_T), tl.float32)
         logits = dot(keys, tl.trans(queries), zero, DOT_IN_FP32)
         p = tl.exp2(logits * scale - base[None, :])
-        if MASKED:
-            seen = (key[:, None] >= row_lo[None, :]) & (key[:, None] < row_hi[None, :])
-            seen = seen & sees[None, :]
-            p = tl.where(seen, p, 0.0)
+        if MASKED and CAUSAL:
+            p = tl.where(key[:, None] <= (row + offset)[None, :], p, 0.0)
+        if MASKED and WINDOWED:
+            p = tl.where(key[:, None] > (row + (offset - window))[None, :], p, 0.0)
+            if not CAUSAL:
+                p = tl.where(key[:, None] < (row + (offset + window))[None, :], p, 0.0)
         incoming = load_rows(
-            dout + from_row.to(tl.int64) * stride_d, local, stride_d, sees, WIDTH, D, MASKED
-        )
+            dout + h * stride_dh + from_row.to(tl.int64) * stride_dt,
+            local, stride_dt, sees, WIDTH, D, MASKED,
+        )  # fmt: skip
         dp = dot(values, tl.trans(incoming), zero, DOT_IN_FP32)
         shared = p
         if weights is not None:
-            weight = load_numbers(weights, row, sees, MASKED)[None, :]
+            weight = load_numbers(weights + at, local, row < T, 0.0, MASKED)[None, :]
             shared = p * weight
             dp = dp * weight
         dv = dot(shared.to(incoming.dtype), incoming, dv, DOT_IN_FP32)
-        added = load_numbers(shifts, row, sees, MASKED)[None, :]
+        added = load_numbers(shifts + at, local, row < T, 0.0, MASKED)[None, :]
         if MASKED and first_shifts is not None:
-            at_first = tl.load(first_shifts + row, mask=sees, other=0.0)
+            at_first = load_numbers(first_shifts + at, local, row < T, 0.0, MASKED)
             added = tl.where(key[:, None] == start, at_first[None, :], added)
         ds = p * (dp + added)
-        if MASKED:
-            # dp may hold the NaN of a value that a row does not see.
-            ds = tl.where(seen, ds, 0.0)
         dk = dot(ds.to(queries.dtype), queries, dk, DOT_IN_FP32)
     return dk, dv
 
@@ -320,8 +332,9 @@ def _sink_attention_bwd_keys_kernel(
     local = tl.arange(0, BLOCK_S)
     key = block * BLOCK_S + local
     start, end = sequence_range(key_start, key_lengths, b, S)
-    present = (key >= start) & (key < end)
     offset = S - T
+    earliest, _ = keys_of(offset, start, end, window, CAUSAL, WINDOWED)
+    present = (key >= earliest) & (key < end)  # some query sees it
 
     # The queries that see a key of the block, and those that see all of them.
     from_key = tl.maximum(block * BLOCK_S, start)
@@ -353,29 +366,29 @@ def _sink_attention_bwd_keys_kernel(
     values = load_rows(v, local, stride_vs, present, WIDTH, D, True)
     dk_sum = tl.zeros((BLOCK_S, D), tl.float32)
     dv_sum = tl.zeros((BLOCK_S, D), tl.float32)
-    for i in range(0, GROUP):
-        h = g * GROUP + i
-        at_row = (b * G * GROUP + h) * T
-        q_head = q + b * stride_qb + h * stride_qh
-        dout_head = dout + b * stride_db + h * stride_dh
-        gates = weights
-        if weights is not None:
-            gates = weights + at_row
-        firsts = first_shifts
-        if first_shifts is not None:
-            firsts = first_shifts + at_row
-        dk_sum, dv_sum = _keys_from_rows(
-            dk_sum, dv_sum, keys, values, q_head, dout_head, bases + at_row, shifts + at_row,
-            gates, firsts, stride_qt, stride_dt, key, T, offset, start, end, window,
-            scale_log2, first, head, middle, head + tail, CAUSAL, WINDOWED, WIDTH, D, BLOCK_T,
-            True, DOT_IN_FP32,
-        )  # fmt: skip
-        dk_sum, dv_sum = _keys_from_rows(
-            dk_sum, dv_sum, keys, values, q_head, dout_head, bases + at_row, shifts + at_row,
-            gates, firsts, stride_qt, stride_dt, key, T, offset, start, end, window,
-            scale_log2, first + head, 0, 0, middle, CAUSAL, WINDOWED, WIDTH, D, BLOCK_T,
-            False, DOT_IN_FP32,
-        )  # fmt: skip
+    at_row = (b * G + g) * GROUP * T
+    q += b * stride_qb + g * GROUP * stride_qh
+    dout += b * stride_db + g * GROUP * stride_dh
+    gates = weights
+    if weights is not None:
+        gates = weights + at_row
+    firsts = first_shifts
+    if first_shifts is not None:
+        firsts = first_shifts + at_row
+    dk_sum, dv_sum = _keys_from_rows(
+        dk_sum, dv_sum, keys, values, q, dout, bases + at_row, shifts + at_row, gates, firsts,
+        stride_qh, stride_qt, stride_dh, stride_dt, key, T, offset, start, end, window,
+        scale_log2, GROUP, first, head, middle, head + tail, CAUSAL, WINDOWED, WIDTH, D, BLOCK_T,
+        True, DOT_IN_FP32,
+    )  # fmt: skip
+    dk_sum, dv_sum = _keys_from_rows(
+        dk_sum, dv_sum, keys, values, q, dout, bases + at_row, shifts + at_row, gates, firsts,
+        stride_qh, stride_qt, stride_dh, stride_dt, key, T, offset, start, end, window,
+        scale_log2, GROUP, first + head, 0, 0, middle, CAUSAL, WINDOWED, WIDTH, D, BLOCK_T,
+        False, DOT_IN_FP32,
+    )  # fmt: skip
+    dk_sum = tl.where(present[:, None], dk_sum, 0.0)
+    dv_sum = tl.where(present[:, None], dv_sum, 0.0)
     at_out = (bg.to(tl.int64) * S + from_block) * WIDTH
     store_rows(dk + at_out, local, WIDTH, key < S, dk_sum * scale, WIDTH, D)
     store_rows(dv + at_out, local, WIDTH, key < S, dv_sum, WIDTH, D)
