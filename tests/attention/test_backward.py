@@ -311,9 +311,7 @@ class TestInsideTorch:
         for name in ("sinks", "gate"):
             if name in options:
                 options[name].requires_grad_()
-        torch.library.opcheck(
-            torch.ops.quernstone.sink_attention_training.default, leaves, options
-        )
+        torch.library.opcheck(torch.ops.quernstone.sink_attention_training.default, leaves, options)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_compiles_as_one_graph_forward_and_backward(self, kind: str) -> None:

@@ -287,8 +287,8 @@ def _backward(
             None if dimportance is None else dimportance.contiguous(), out, lse,
             gate_logit.contiguous() if first and gate_logit is not None else None,
             call.sinks, call.gate, *call.mask, counts,
-            bases, shifts, weights, first_shifts, gated_dout, dgate if call.gate is not None else None,
-            parts, *dout.stride()[:3], *out.stride()[:3], *call.gate_strides(),
+            bases, shifts, weights, first_shifts, gated_dout,
+            dgate if call.gate is not None else None, parts, *dout.stride()[:3], *out.stride()[:3], *call.gate_strides(),
             h, t, s, 0 if counts is None else counts.numel(), call.window,
             KIND=call.kind, **call.constants, **call.width, BLOCK_T=rows_block,
         )  # fmt: skip
@@ -354,7 +354,7 @@ def _launch(
     b, h, t, _ = q.shape
     g, s = k.shape[1:3]
     bits = q.element_size() * 8
-    config = pick(name, constants["D"], bits)
+    config = pick_config(name, constants["D"], bits)
     programs = (
         b * g * -(-s // config.block_s) if name == "keys" else b * h * -(-t // config.block_t)
     )
@@ -364,5 +364,5 @@ def _launch(
     )  # fmt: skip
 
 
-def pick(name: str, width: int, bits: int) -> attention_configs.Config:
+def pick_config(name: str, width: int, bits: int) -> attention_configs.Config:
     return attention_configs.default(name, width, bits)
