@@ -274,15 +274,17 @@ def _sink_attention_fwd_kernel(
     gates = tl.where(blind, 0.0, 1.0)
     at_row = bh.to(tl.int64) * T + row
     if FIRST_APART:
-        only = tl.arange(0, 1)
-        exists = only + start < end
-        k_first = load_rows(
-            k + start.to(tl.int64) * stride_ks, only, stride_ks, exists, WIDTH, D, True
-        )
-        v_first = load_rows(
-            v + start.to(tl.int64) * stride_vs, only, stride_vs, exists, WIDTH, D, True
-        )
-        x = tl.sum(queries.to(tl.float32) * k_first.to(tl.float32), 1) * scale
+        # One more block of keys of which only this one is there, and one more step of the softmax.
+        column = tl.arange(0, 16)
+        limit = end
+        if WINDOWED:
+            limit = tl.where(start > bottom - window, end, start)
+        present = (column == 0) & (column + start < limit)
+        at_first = start.to(tl.int64)
+        keys = load_rows(k + at_first * stride_ks, column, stride_ks, present, WIDTH, D, True)
+        zero = tl.zeros((BLOCK_T, 16), tl.float32)
+        logits = dot(queries, tl.trans(keys), zero, DOT_IN_FP32)
+        x = tl.sum(tl.where(present[None, :], logits, 0.0), 1) * scale
         x = tl.where(sees_first, x, float("-inf"))
         logit = tl.where(sees_first, (top - x) + tl.log2(total), float("inf")) * LN2
         gates, _ = sigmoids(logit)
@@ -293,7 +295,9 @@ def _sink_attention_fwd_kernel(
         weight = tl.exp2(x - base)
         shrink = tl.exp2(top - base)
         total = total * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * v_first.to(tl.float32)
+        values = load_rows(v + at_first * stride_vs, column, stride_vs, present, WIDTH, D, True)
+        p = tl.where(present[None, :], weight[:, None], 0.0)
+        acc = dot(p.to(values.dtype), values, acc * shrink[:, None], DOT_IN_FP32)
         top = raised
 
     nats = (top + tl.log2(total)) * LN2

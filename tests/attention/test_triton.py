@@ -242,14 +242,14 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "change"), BAD)
 def test_refuses_in_the_words_of_the_cpu_operator(kind: str, change: dict[str, Any]) -> None:
     call = test_bad_input.good(kind) | change
-    with pytest.raises(ValueError, match=": got .*, expected ") as theirs:
+    with pytest.raises(ValueError, match=r": got .*, expected ") as theirs:
         sink_attention(**call, return_aux=True)
     names = (
         *("q", "k", "v", "kind", "sinks", "gate", "window", "scale"),
         *("key_start", "key_lengths", "token_mask"),
     )
     dtypes = (torch.float32, torch.bfloat16)
-    with pytest.raises(ValueError, match=": got .*, expected ") as ours:
+    with pytest.raises(ValueError, match=r": got .*, expected ") as ours:
         checks.check_call(*(call.get(name) for name in names), dtypes)
     assert str(ours.value) == str(theirs.value)
 

@@ -7,7 +7,9 @@ Triton.
 """
 
 import contextlib
+import functools
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from quernstone.attention import checks
 from quernstone.kernels.triton import attention as forward_kernels
 from quernstone.kernels.triton import attention_backward as backward_kernels
-from quernstone.kernels.triton import attention_configs
+from quernstone.kernels.triton.attention_configs import Config, candidates
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STRIP: int = forward_kernels.STRIP.value
@@ -288,7 +290,8 @@ def _backward(
             gate_logit.contiguous() if first and gate_logit is not None else None,
             call.sinks, call.gate, *call.mask, counts,
             bases, shifts, weights, first_shifts, gated_dout,
-            dgate if call.gate is not None else None, parts, *dout.stride()[:3], *out.stride()[:3], *call.gate_strides(),
+            dgate if call.gate is not None else None, parts,
+            *dout.stride()[:3], *out.stride()[:3], *call.gate_strides(),
             h, t, s, 0 if counts is None else counts.numel(), call.window,
             KIND=call.kind, **call.constants, **call.width, BLOCK_T=rows_block,
         )  # fmt: skip
@@ -350,19 +353,63 @@ def _launch(
     kernel: Any, name: str, call: _Call, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
     q, k = call.q, call.k
-    constants = {**constants, **call.width, "DOT_IN_FP32": DOT_IN_FP32}
     b, h, t, _ = q.shape
     g, s = k.shape[1:3]
+    constants = {**constants, **call.width, "DOT_IN_FP32": DOT_IN_FP32}
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        if name == "keys":
+            return (b * g * -(-s // meta["BLOCK_S"]),)
+        return (b * h * -(-t // meta["BLOCK_T"]),)
+
     bits = q.element_size() * 8
-    config = pick_config(name, constants["D"], bits)
-    programs = (
-        b * g * -(-s // config.block_s) if name == "keys" else b * h * -(-t // config.block_t)
+    if _tunes(q):
+        shape = (name, constants["D"], bits, _capability(q.device))
+        # Lengths within a factor of two share their configuration; so do calls of one kind.
+        likeness = (call.kind, call.causal, call.windowed, t.bit_length(), s.bit_length())
+        tuned = _tuned(kernel, *shape, likeness)
+        if tuned.cache or not torch.cuda.is_current_stream_capturing():
+            tuned[grid](*arguments, **constants)
+            return
+    config = pick_config(name, constants["D"], bits, q.device)
+    kernel[grid](*arguments, **constants, **_blocks(config), **_options(config))
+
+
+def pick_config(name: str, width: int, bits: int, device: torch.device) -> Config:
+    """What runs without the autotuner: a fixed choice for each chip."""
+    return candidates(name, width, bits, _capability(device))[0]
+
+
+def _tunes(q: Tensor) -> bool:
+    """Another configuration adds up in another order: not where bits have to be reproducible."""
+    return (
+        q.is_cuda
+        and os.environ.get("QUERNSTONE_AUTOTUNE") != "0"
+        and not torch.are_deterministic_algorithms_enabled()
     )
-    kernel[(programs,)](
-        *arguments, **constants, BLOCK_T=config.block_t, BLOCK_S=config.block_s,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
 
 
-def pick_config(name: str, width: int, bits: int) -> attention_configs.Config:
-    return attention_configs.default(name, width, bits)
+@functools.cache
+def _tuned(
+    kernel: Any, name: str, width: int, bits: int, capability: int, likeness: tuple[int, ...]
+) -> Any:
+    """An autotuner of its own for each likeness: Triton's would tune for every length."""
+    configs = [
+        triton.Config(_blocks(config), **_options(config))
+        for config in candidates(name, width, bits, capability)
+    ]
+    return triton.autotune(configs=configs, key=[])(kernel)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {"BLOCK_T": config.block_t, "BLOCK_S": config.block_s}
+
+
+def _options(config: Config) -> dict[str, int]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
