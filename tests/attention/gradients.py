@@ -17,18 +17,26 @@ NAMES = ("q", "k", "v", "sinks", "gate")
 class Incoming:
     """Weights w of the scalar sum(w . result), which is what we differentiate."""
 
-    def __init__(self, out: Tensor, aux: Aux | None, seed: int = 1, importance: float = 10.0):
+    def __init__(
+        self,
+        out: Tensor,
+        aux: Aux | None,
+        seed: int = 1,
+        importance: float = 10.0,
+        lse: bool = True,
+    ):
         rng = torch.Generator().manual_seed(seed)
         self.out = torch.randn(out.shape, generator=rng)
         self.lse = torch.randn(out.shape[:3], generator=rng)
         # Importance is a mean over tokens: its gradient would vanish beside the others.
         self.importance = importance * torch.randn(out.shape[1], generator=rng)
-        self.aux = aux is not None
+        self.with_lse = lse
 
     def total(self, out: Tensor, aux: Aux | None) -> Tensor:
         total = (out * self.out.to(out.dtype)).sum()
-        if aux is not None:
+        if aux is not None and self.with_lse:
             total = total + (aux.lse.nan_to_num(neginf=0.0) * self.lse.to(aux.lse.dtype)).sum()
+        if aux is not None:
             total = total + (aux.importance * self.importance.to(aux.importance.dtype)).sum()
         return total
 

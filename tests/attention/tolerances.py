@@ -1,7 +1,7 @@
 """How far a result may be from the fp64 reference. The only numbers of their kind in these tests.
 
-u is the unit roundoff, 2^-24 for fp32, 2^-11 for fp16 and 2^-8 for bf16. "Relative error" of a
-tensor is the Frobenius norm of the difference over that of the reference.
+u is the unit roundoff, 2^-24 for fp32, 2^-11 for fp16 and 2^-8 for bf16. "Relative error" of
+a tensor is the Frobenius norm of the difference over that of the reference.
 """
 
 import torch
@@ -25,14 +25,23 @@ def output(dtype: torch.dtype, logit_sd: float = 1.0) -> float:
     fp32: the promise for N(0, 1) inputs is 5e-7 = 8 u. A weight inherits the absolute error of its
     logit, which is a few u times the logit's size, so the bound grows with the logits.
 
-    bf16: the weights and the output are rounded to bf16 once each, by at most u; products of bf16
-    numbers are exact in fp32, so that the logits' own error does not show. fp16 likewise.
+    bf16, fp16: the weights and the output are rounded once each, by at most u; products of such
+    numbers are exact in fp32, so that the logits' own error does not show.
     """
-    if dtype is torch.bfloat16:
-        return 2 * U_BF16
-    if dtype is torch.float16:
-        return 2 * U_FP16
+    if dtype is not torch.float32:
+        return 2 * (U_BF16 if dtype is torch.bfloat16 else U_FP16)
     return 5e-7 * max(1.0, logit_sd)
+
+
+def gradient(dtype: torch.dtype) -> float:
+    """Relative error of a gradient.
+
+    fp32: the promise, for any kind, mask and gate. bf16, fp16: output, incoming gradient and result
+    are rounded once each.
+    """
+    if dtype is torch.float32:
+        return 2e-6
+    return 3 * (U_BF16 if dtype is torch.bfloat16 else U_FP16)
 
 
 def lse(want: Tensor, width: int) -> float:

@@ -73,7 +73,7 @@ def sink_attention(
     as with a key-value cache.
 
     Args:
-        q: [b, h, t, d] fp32 or bf16 on the CPU, any strides. Sums are fp32 either way.
+        q: [b, h, t, d] fp32 or bf16, on a CUDA device also fp16; any strides. Sums are fp32 always.
         k, v: [b, g, s, d], dtype of q.
         kind: what becomes of plain attention A over the visible keys, L being their log-sum-exp.
             "sink": sigmoid(L - sinks[h]) A, as if one more key had the logit sinks[h] and no
@@ -86,7 +86,8 @@ def sink_attention(
             below p + window). None: all.
         scale: factor on q . k; None: d ** -0.5.
         key_start: [b] int, first visible key: left padding.
-        key_lengths: [b] int, end of the visible keys: right padding.
+        key_lengths: [b] int, end of the visible keys: right padding. A CUDA device does not wait to
+            look at either: there, values outside 0 to s count as 0 or s.
         token_mask: [b, t] bool, the tokens that count for the importance; None: all. A token
             that sees no key (kind "vanilla": none beside the first) never counts.
         return_aux: give the log-sum-exp and the importance too.
@@ -176,6 +177,7 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 
 def _explain(arguments: dict[str, object]) -> None:
     """Raise what a caller can act on for the argument that torch's dispatcher refused."""
+    q = arguments["q"]
     for name in ("q", "k", "v", "sinks", "gate", "key_start", "key_lengths", "token_mask"):
         x = arguments[name]
         optional = name not in ("q", "k", "v")
@@ -184,8 +186,10 @@ def _explain(arguments: dict[str, object]) -> None:
         if not isinstance(x, Tensor):
             wanted = "a tensor or None" if optional else "a tensor"
             raise TypeError(f"{name}: got {type(x).__name__}, expected {wanted}")
-        if x.device.type != "cpu":
-            raise ValueError(f"{name}.device: got {x.device}, expected cpu")
+        if x.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name}.device: got {x.device}, expected cpu or cuda")
+        if isinstance(q, Tensor) and x.device != q.device:
+            raise ValueError(f"{name}.device: got {x.device}, expected {q.device}")
         if x.layout != torch.strided or x.is_nested:
             layout = "a nested tensor" if x.is_nested else x.layout
             raise ValueError(f"{name}.layout: got {layout}, expected torch.strided")

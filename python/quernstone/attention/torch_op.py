@@ -1,13 +1,17 @@
 """The operators ``quernstone::sink_attention``, ``..._aux``, ``..._training`` and ``..._backward``.
 
-The extension defines them and their CPU kernels. Here torch learns their shapes, for
-``torch.compile``, ``torch.export`` and fake tensors, and the gradient of the training operator.
-The extents are checked by the kernel, which sees the real ones.
+The extension defines them and their CPU kernels. Here torch learns where their CUDA kernels are,
+their shapes, for ``torch.compile``, ``torch.export`` and fake tensors, and the gradient of the
+training operator. The extents are checked by the kernel, which sees the real ones.
 
 Gradients have an operator of their own: the others stay free of autograd's Python, which costs
 more than a short call.
 """
 
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -167,6 +171,38 @@ def _no_second_gradient(ctx: Any, *_: Tensor) -> NoReturn:
         "call backward() or grad() without create_graph=True"
     )
 
+
+@functools.cache
+def _triton_op() -> ModuleType:
+    try:
+        return importlib.import_module("quernstone.attention.triton_op")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(
+            "triton: not installed, expected for attention on a CUDA device; "
+            "install it with: pip install triton"
+        ) from error
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    """The CUDA kernel of an operator, imported when it first runs: Triton takes a second."""
+
+    def kernel(*arguments: Any, **named: Any) -> Any:
+        return getattr(_triton_op(), name)(*arguments, **named)
+
+    return kernel
+
+
+_OPERATORS = (
+    "sink_attention",
+    "sink_attention_aux",
+    "sink_attention_training",
+    "sink_attention_backward",
+)
+_cuda_kernels = torch.library.Library("quernstone", "IMPL")
+for _name in _OPERATORS:
+    _cuda_kernels.impl(_name, _on_cuda(_name), "CUDA")
 
 torch.library.register_fake("quernstone::sink_attention", _sink_attention_fake)
 torch.library.register_fake("quernstone::sink_attention_aux", _sink_attention_aux_fake)
