@@ -3,12 +3,14 @@
 from quernstone.attention import reference, schedules
 from quernstone.attention.api import sink_attention
 from quernstone.attention.balance import head_balance_loss, head_variation, most_important
+from quernstone.attention.balancer import HeadBalancer
 from quernstone.attention.hf import register_with_transformers
 from quernstone.attention.report import HeadReport, head_report
 from quernstone.attention.types import Aux, Kind
 
 __all__ = [
     "Aux",
+    "HeadBalancer",
     "HeadReport",
     "Kind",
     "head_balance_loss",
