@@ -153,7 +153,8 @@ class HeadBalancer:
             raise ValueError("model: this balancer is attached already")
         modules = list(self.model.named_modules())
         for name, module in modules:
-            if PROBE in module.__dict__:
+            # A copy of an attached model holds None.
+            if module.__dict__.get(PROBE) is not None:
                 raise ValueError(f"model: {name or 'it'} is watched by somebody else already")
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
                 raise ValueError(
