@@ -47,12 +47,13 @@ def register_with_transformers() -> None:
 
     Right, and equal to eager attention up to rounding: causal, bidirectional and cross-attention,
     grouped heads, padding on the left or right, sliding windows, static and dynamic caches,
-    learned sinks (`s_aux`), a value width unlike the key width, fp32 and bf16.
+    learned sinks (`s_aux`), a value width unlike the key width, fp32 and bf16, and the gradients
+    of all inputs.
 
     Refused with a ValueError that names it: dropout, soft-capping, position and attention biases,
     head masks, `output_attentions`, dense mask tensors, padding between tokens, packed sequences,
-    mask functions of the user, chunked attention beyond the first chunk, paged caches, inputs
-    that require grad while grad mode is on.
+    mask functions of the user, chunked attention beyond the first chunk, paged caches. A model
+    with attention dropout must be trained with a rate of 0.
 
     Raises:
         ImportError: transformers is not installed.

@@ -335,14 +335,18 @@ def _ratio(above: _Array, below: _Array) -> _Array:
 
 @contextmanager
 def _probed(model: nn.Module, probe: Callable[..., Tensor]) -> Iterator[None]:
-    modules = list(model.modules())
-    for module in modules:
+    # Somebody may be watching the model already.
+    before = [(module, module.__dict__.get(PROBE)) for module in model.modules()]
+    for module, _ in before:
         module.__dict__[PROBE] = probe
     try:
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop(PROBE, None)
+        for module, other in before:
+            if other is None:
+                del module.__dict__[PROBE]
+            else:
+                module.__dict__[PROBE] = other
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any], probe: Callable[..., Tensor]) -> Any:
