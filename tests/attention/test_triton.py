@@ -186,8 +186,8 @@ def test_importing_the_package_does_not_import_triton() -> None:
 def test_a_missing_triton_is_named() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
-        "from quernstone.attention import torch_op\n"
-        "try: torch_op._triton_op()\n"
+        "from quernstone.attention import cuda_op\n"
+        "try: cuda_op._triton_op()\n"
         "except ImportError as error: sys.exit('pip install triton' not in str(error))\n"
         "sys.exit(1)"
     )

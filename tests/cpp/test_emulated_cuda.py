@@ -348,7 +348,7 @@ def test_empty_batches_and_no_queries(decode: Decode) -> None:
     [
         ({"kind": "other"}, "kind: got other"),
         ({"sinks": None}, "sinks: got None"),
-        ({"sinks": torch.zeros(3)}, r"sinks.shape: got \[3\], expected \[4\]"),
+        ({"sinks": torch.zeros(3)}, r"sinks.shape\[0\]: got 3, expected q.shape\[1\] = 4"),
         ({"kind": "vanilla"}, "sinks: got a tensor"),
         ({"gate": torch.zeros(2, 4, 3)}, "gate: got a tensor"),
         ({"k": torch.zeros(2, 2, 9, 16)}, r"k.shape\[3\] \(head width\): got 16, expected 32"),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quernstone.attention.checks import MAX_WIDTH, MIN_WIDTH, check_call
 from quernstone.attention.types import Kind
 
 MAX_QUERIES = 8
@@ -22,7 +23,6 @@ MAX_QUERIES = 8
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KINDS = {"sink": 0, "vanilla": 1, "gated": 2}
 _PATH = Path(__file__).parents[1] / "libquernstone_cuda.so"
-_WIDTHS = range(16, 257)
 _NO_WINDOW = 2**32 - 1  # beyond every position; sums with one still fit into 64 bits
 
 
@@ -72,7 +72,8 @@ class Library:
         aux: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As the function `decode`; the tensors are where this library's kernels run."""
-        _check(q, k, v, kind, sinks, gate, window, scale, key_start, key_lengths, token_mask)
+        padding = (key_start, key_lengths)
+        check_call(q, k, v, kind, sinks, gate, window, scale, *padding, token_mask, tuple(_DTYPES))
         device = q.device
         b, h, t, d = q.shape
         q, k, v = (_last_axis_contiguous(x) for x in (q, k, v))
@@ -120,6 +121,7 @@ class Library:
         return out, lse, importance
 
 
+@lru_cache(maxsize=1)
 def available() -> bool:
     """Whether this installation has the kernels; there may be no GPU all the same."""
     return _PATH.exists()
@@ -132,7 +134,7 @@ def supports(q: Tensor, k: Tensor) -> bool:
         and q.dtype in _DTYPES
         and q.ndim == k.ndim == 4
         and q.shape[2] <= MAX_QUERIES
-        and q.shape[3] in _WIDTHS
+        and MIN_WIDTH <= q.shape[3] <= MAX_WIDTH
         and available()
         and torch.cuda.get_device_capability(q.device)[0] >= 8
     )
@@ -206,83 +208,3 @@ def _last_axis_contiguous(x: Tensor) -> Tensor:
 
 def _strides(x: Tensor | None) -> Any:
     return (ctypes.c_int64 * 3)(*((0, 0, 0) if x is None else x.stride()[:3]))
-
-
-def _refuse(name: str, got: object, expected: object) -> None:
-    raise ValueError(f"{name}: got {got}, expected {expected}")
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str,
-    sinks: Tensor | None,
-    gate: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    key_start: Tensor | None,
-    key_lengths: Tensor | None,
-    token_mask: Tensor | None,
-) -> None:
-    """Everything that the kernels rely on, in the words of the CPU's checks."""
-    if kind not in _KINDS:
-        _refuse("kind", ascii(kind)[1:-1], "'sink', 'vanilla' or 'gated'")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            _refuse(f"{name}.ndim", x.ndim, 4)
-    if q.dtype not in _DTYPES:
-        _refuse("q.dtype", q.dtype, "torch.float32, torch.float16 or torch.bfloat16")
-    b, h, t, d = q.shape
-    g, s = k.shape[1:3]
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            _refuse(f"{name}.dtype", x.dtype, q.dtype)
-        for axis, want in (
-            ("0] (batch", b),
-            ("1] (heads", g),
-            ("2] (keys", s),
-            ("3] (head width", d),
-        ):
-            got = x.shape[int(axis[0])]
-            if got != want:
-                _refuse(f"{name}.shape[{axis})", got, want)
-    if d not in _WIDTHS:
-        _refuse("q.shape[3] (head width)", d, "16 to 256")
-    if g == 0 or h == 0 or h % g != 0:
-        _refuse("q.shape[1] (query heads)", h, f"a positive multiple of k.shape[1] = {g}")
-    if window is not None and window < 1:
-        _refuse("window", window, "at least 1")
-    if scale is not None and not abs(scale) <= torch.finfo(torch.float32).max:
-        _refuse("scale", scale, "a finite number that fp32 holds")
-    if (sinks is None) is (kind == "sink"):
-        _refuse("sinks", *_one_or_other(sinks, "[h] for kind 'sink'", "kind is 'sink'"))
-    if (gate is None) is (kind == "gated"):
-        shape = "[b, h, t] or [b, h, t, d] for kind 'gated'"
-        _refuse("gate", *_one_or_other(gate, shape, "kind is 'gated'"))
-    positions = (torch.int32, torch.int64)
-    expected: tuple[tuple[str, Tensor | None, Any, Any], ...] = (
-        ("sinks", sinks, (torch.float32, q.dtype), ((h,),)),
-        ("gate", gate, (q.dtype,), ((b, h, t), (b, h, t, d))),
-        ("key_start", key_start, positions, ((b,),)),
-        ("key_lengths", key_lengths, positions, ((b,),)),
-        ("token_mask", token_mask, (torch.bool,), ((b, t),)),
-        ("k", k, (q.dtype,), (k.shape,)),
-        ("v", v, (q.dtype,), (v.shape,)),
-    )
-    for name, given, dtypes, shapes in expected:
-        if given is None:
-            continue
-        if given.device != q.device:
-            _refuse(f"{name}.device", given.device, q.device)
-        if given.dtype not in dtypes:
-            _refuse(f"{name}.dtype", given.dtype, " or ".join(str(dtype) for dtype in dtypes))
-        if tuple(given.shape) not in {tuple(shape) for shape in shapes}:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            _refuse(f"{name}.shape", list(given.shape), wanted)
-
-
-def _one_or_other(x: Tensor | None, shape: str, where: str) -> tuple[str, str]:
-    if x is None:
-        return "None", f"a tensor {shape}"
-    return "a tensor", f"None unless {where}"

@@ -8,10 +8,7 @@ Gradients have an operator of their own: the others stay free of autograd's Pyth
 more than a short call.
 """
 
-import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -172,24 +169,13 @@ def _no_second_gradient(ctx: Any, *_: Tensor) -> NoReturn:
     )
 
 
-@functools.cache
-def _triton_op() -> ModuleType:
-    try:
-        return importlib.import_module("quernstone.attention.triton_op")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ImportError(
-            "triton: not installed, expected for attention on a CUDA device; "
-            "install it with: pip install triton"
-        ) from error
-
-
 def _on_cuda(name: str) -> Callable[..., Any]:
     """The CUDA kernel of an operator, imported when it first runs: Triton takes a second."""
 
-    def kernel(*arguments: Any, **named: Any) -> Any:
-        return getattr(_triton_op(), name)(*arguments, **named)
+    def kernel(*arguments: Any) -> Any:
+        from quernstone.attention import cuda_op
+
+        return getattr(cuda_op, name)(*arguments)
 
     return kernel
 
