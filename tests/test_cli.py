@@ -120,6 +120,7 @@ def test_a_wrong_result_ends_with_1_and_keeps_the_log(fake_vertical: Path) -> No
         (("weather",), "no benchmarks for weather"),
         (("--base", "HEAD"), "not in a git clone"),
         (("--record",), "not in a git clone"),
+        (("--study", "weather"), "no part of the study begins with weather"),
     ],
 )
 def test_what_cannot_be_done_ends_with_2_and_a_sentence(

@@ -91,6 +91,14 @@ def bench(
         list[str] | None,
         typer.Option("--only", help="A row id or its beginning; may be repeated.", metavar="ID"),
     ] = None,
+    study: Annotated[
+        bool,
+        typer.Option(
+            "--study",
+            help="The training study of the attention gates instead; hours, resumable. "
+            "VERTICAL is then the beginning of a part's name.",
+        ),
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +124,7 @@ def bench(
     - `quernstone bench --targets attention`
     - `quernstone bench --only attention.forward.fp32 --out out/forward`
     - `quernstone bench --quick --base HEAD~1 attention`
+    - `quernstone bench --study`, or `--study --quick` for the models that come along
     """
     import sys
 
@@ -126,6 +135,11 @@ def bench(
     from quernstone.bench import report, run
     from quernstone.bench.plugin import Selection
 
+    if study:
+        from quernstone.bench.study import command
+
+        command.main(verticals or [], quick=quick, out=out / "study")
+        return
     # Bound to the terminal: while rows run, what else is printed goes to a log.
     console = Console(file=sys.stdout)
     chosen = list(verticals or [])

@@ -40,6 +40,8 @@ def test_torch_is_not_needed_to_build(build_environment: Environment, artefacts:
         "quernstone/bench/__init__.py",
         "quernstone/bench/targets.toml",
         "quernstone/bench/cases/attention.py",
+        "quernstone/bench/study/recorded.json",
+        "quernstone/bench/tinylm/checkpoints/sink-balance.npz",
     ],
 )
 def test_the_wheel_holds(wheel_names: list[str], name: str) -> None:
