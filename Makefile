@@ -5,6 +5,7 @@
 ## make format    lets ruff and clang-format change files
 ## make sanitize  the tests under address and undefined-behaviour sanitizers, then a leak check
 ## make gpu       the checks that need a CUDA device
+## make gpu-check every GPU kernel compiled for every chip: registers, spills, shared memory (no GPU)
 ## make wheel     sdist and manylinux wheel -> dist/
 ## make clean     removes what was built; keeps .venv
 ##
@@ -22,7 +23,7 @@ SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
 GPU_KERNELS := $(wildcard kernels/triton/[a-z]*.py kernels/cuda/*.cu)
 
-.PHONY: help run test bench lint format sanitize gpu wheel clean system-run system-test
+.PHONY: help run test bench lint format sanitize gpu gpu-check wheel clean system-run system-test
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -53,6 +54,9 @@ ifeq ($(GPU_KERNELS),)
 else
 	$(BIN)/python -m pytest -m gpu
 endif
+
+gpu-check: .venv/built
+	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time
 
 wheel: .venv/packages
 	rm -rf dist
