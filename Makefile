@@ -5,6 +5,7 @@
 ## make format    lets ruff and clang-format change files
 ## make sanitize  the tests under address and undefined-behaviour sanitizers, then a leak check
 ## make gpu       builds, checks and times the CUDA kernels, where PY's torch sees a CUDA device
+## make gpu-check every GPU kernel compiled for every chip: registers, spills, shared memory (no GPU)
 ## make wheel     sdist and manylinux wheel -> dist/
 ## make clean     removes what was built; keeps .venv
 ##
@@ -21,7 +22,7 @@ find = $(shell find $(1) -type f -not -path '*/__pycache__/*' -not -path 'bench/
 SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
 
-.PHONY: help run test bench lint format sanitize gpu wheel clean system-run system-test
+.PHONY: help run test bench lint format sanitize gpu gpu-check wheel clean system-run system-test
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -56,6 +57,9 @@ gpu:
 	    --target build/gpu/site -C build-dir=build/gpu/package .
 	$(GPU) -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $(wildcard tests/*/test_gpu*.py)
 	$(GPU) -m quernstone.bench.gpu --record
+
+gpu-check: .venv/built
+	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time
 
 wheel: .venv/packages
 	rm -rf dist

@@ -5,9 +5,14 @@ Registers, spills, shared memory and tensor-core instructions are facts about ma
 """
 
 import functools
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quernstone.kernels.triton import attention, attention_backward
-from quernstone.kernels.triton.attention_configs import Config
+from quernstone.kernels.triton.attention_configs import (
+    CHIPS,
+    KERNELS,
+    SHARED_BYTES,
+    WIDTHS,
+    Config,
+    candidates,
+    rows_block,
+)
 
 KINDS = {
     "sink": attention.SINK,
@@ -30,7 +43,7 @@ _BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 class Build(NamedTuple):
     """One kernel, as one call would compile it."""
 
-    kernel: str  # "forward", "keys", "queries" or "rows"
+    kernel: str  # "forward", "keys", "queries", "rows", "count" or "sum"
     dtype: str  # "bf16", "fp16" or "fp32"
     width: int
     config: Config
@@ -57,6 +70,8 @@ def _kernel(build: Build) -> Any:
         "keys": attention_backward._sink_attention_bwd_keys_kernel,
         "queries": attention_backward._sink_attention_bwd_queries_kernel,
         "rows": attention_backward._sink_attention_bwd_rows_kernel,
+        "count": attention_backward._sink_attention_count_kernel,
+        "sum": attention._sink_attention_sum_kernel,
     }[build.kernel]
 
 
@@ -80,7 +95,7 @@ def _absent(build: Build) -> set[str]:
 
 _FP32_POINTERS = {
     *("lse", "gate_logit", "gate_sums", "dlse", "dimportance", "bases", "shifts"),
-    *("weights", "first_shifts", "dsink_parts", "sinks"),
+    *("weights", "first_shifts", "dsink_parts", "sinks", "parts"),
 }
 _POINTERS = {"key_start": "*i64", "key_lengths": "*i64", "token_mask": "*u8", "counts": "*i32"}
 
@@ -99,6 +114,7 @@ def source(build: Build) -> ASTSource:
         "BLOCK_T": build.config.block_t,
         "BLOCK_S": build.config.block_s,
         "DOT_IN_FP32": False,
+        "BLOCK": 1024 if build.kernel == "count" else 256,
     }
     constants |= dict.fromkeys(_absent(build))
     signature = {}
@@ -127,10 +143,87 @@ def compile_for(build: Build, capability: int) -> Usage:
     compiled = triton.compile(
         source(build),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": build.config.warps, "num_stages": build.config.stages},
+        options={
+            "num_warps": build.config.warps,
+            "num_stages": build.config.stages,
+            "enable_fp_fusion": True,
+        },
     )
     registers, spilled = _resources(compiled.asm["cubin"])
     return Usage(registers, spilled, compiled.metadata.shared, "wgmma" in compiled.asm["ptx"])
+
+
+def broken_promises(build: Build, capability: int, usage: Usage) -> list[str]:
+    """What is wrong with a build, in words."""
+    broken = []
+    wide_backward = build.kernel in ("keys", "queries") and build.width > 128
+    if usage.spilled_bytes > 0 and not wide_backward:
+        broken.append(f"spills {usage.spilled_bytes} bytes")
+    limit = SHARED_BYTES[capability]
+    if usage.shared_bytes > limit:
+        broken.append(f"takes {usage.shared_bytes} bytes of shared memory of {limit}")
+    if capability == 90 and build.dtype != "fp32" and build.kernel in KERNELS and not usage.wgmma:
+        broken.append("has no wgmma instruction")
+    return broken
+
+
+def all_builds() -> list[tuple[Build, int]]:
+    """Every kernel with every configuration that a call may take, beside the chip."""
+    heaviest: dict[str, Any] = {"padded": True, "windowed": True}
+    variants = (
+        {"kind": "sink"},
+        {"kind": "sink", "dlse": True, **heaviest},
+        {"kind": "vanilla", **heaviest},
+    )
+    by_element = {"kind": "gated by element", **heaviest}
+    found: list[tuple[Build, int]] = []
+    for chip, width in product(CHIPS, WIDTHS):
+        for dtype, kernel in product(("bf16", "fp16", "fp32"), KERNELS):
+            # To the keys and the queries, a gate by element looks like none.
+            chosen = (*variants, by_element) if kernel == "forward" else variants
+            found += (
+                (Build(kernel, dtype, width, config, **variant), chip)
+                for variant in chosen
+                for config in candidates(
+                    kernel, width, _BITS[dtype], chip, weighted=variant.get("dlse", False)
+                )
+            )
+        rows = Config(rows_block(width), 0, 4, 1)
+        found += (
+            (Build("rows", "bf16", width, rows, **variant), chip)
+            for variant in (*variants, by_element)
+        )
+    for chip, kernel in product(CHIPS, ("sum", "count")):
+        found.append((Build(kernel, "fp32", 64, Config(0, 0, 4, 1), padded=True), chip))
+    return found
+
+
+def _attempt(job: tuple[Build, int]) -> Usage:
+    return compile_for(*job)
+
+
+def main() -> int:
+    """Prints a row for each build; 1 where a promise is broken."""
+    jobs = all_builds()
+    context = multiprocessing.get_context("spawn")
+    number = 0
+    print("compiled, not run on a GPU\n")
+    print(f"{'chip':6} {'kernel':8} dtype width t x s    warps stages registers spilled shared")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        for (build, chip), usage in zip(jobs, pool.map(_attempt, jobs), strict=True):
+            broken = broken_promises(build, chip, usage)
+            number += bool(broken)
+            config = build.config
+            mask = f"{build.kind}{' padded, windowed' * build.padded}{' dlse' * build.dlse}"
+            print(
+                f"sm_{chip:<3} {build.kernel:8} {build.dtype:5} {build.width:5} "
+                f"{config.block_t:3} x {config.block_s:<4} {config.warps:5} {config.stages:6} "
+                f"{usage.registers:9} {usage.spilled_bytes:7} {usage.shared_bytes:6} "
+                f"{'wgmma ' * usage.wgmma}{mask}{': ' * bool(broken)}{', '.join(broken)}",
+                flush=True,
+            )
+    print(f"\n{len(jobs)} builds, {number} with a broken promise")
+    return 1 if number else 0
 
 
 @functools.cache
@@ -151,3 +244,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         raise RuntimeError(f"cuobjdump: got {text!r}, expected the resources of one kernel")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+if __name__ == "__main__":
+    sys.exit(main())

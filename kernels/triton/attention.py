@@ -129,6 +129,7 @@ def _attend(
     acc,
     total,
     top,
+    x,
     q,
     k,
     v,
@@ -138,18 +139,23 @@ def _attend(
     row_hi,
     lo,
     hi,
+    apart,
     scale,
     first,
     head,
     skip,
     count,
+    FIRST_APART: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     MASKED: tl.constexpr,
     DOT_IN_FP32: tl.constexpr,
 ):
-    """Online softmax over `count` blocks: `head` of them from `first` on, the rest `skip` later."""
+    """Online softmax over `count` blocks: `head` of them from `first` on, the rest `skip` later.
+
+    The key `apart` goes to x, its logit, and not into the sums.
+    """
     column = tl.arange(0, BLOCK_S)
     for i in range(0, count):
         block = first + i
@@ -163,6 +169,8 @@ def _attend(
         )
         logits = dot(q, tl.trans(keys), tl.zeros((q.shape[0], BLOCK_S), tl.float32), DOT_IN_FP32)
         if MASKED:
+            if FIRST_APART:
+                x += tl.sum(tl.where((key == apart)[None, :], logits, 0.0), 1) * scale
             seen = (key[None, :] >= row_lo[:, None]) & (key[None, :] < row_hi[:, None])
             logits = tl.where(seen, logits, float("-inf"))
         raised = tl.maximum(top, tl.max(logits, 1) * scale)
@@ -177,7 +185,7 @@ def _attend(
         )
         acc = dot(p.to(values.dtype), values, acc, DOT_IN_FP32)
         top = raised
-    return acc, total, top
+    return acc, total, top, x
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "T", "S", "window"])
@@ -241,14 +249,13 @@ def _sink_attention_fwd_kernel(
     row_lo, row_hi = keys_of(position, start, end, window, CAUSAL, WINDOWED)
     sees_first = (row_lo == start) & (row_lo < row_hi)
     blind = row_lo >= row_hi
-    earliest = start
-    if FIRST_APART:
-        earliest = start + 1
-        row_lo = tl.maximum(row_lo, earliest)
     bottom = block * BLOCK_T + (S - T)
-    top_position = tl.minimum(bottom + BLOCK_T, S) - 1
-    lo, whole_hi = keys_of(bottom, earliest, end, window, CAUSAL, WINDOWED)
-    whole_lo, hi = keys_of(top_position, earliest, end, window, CAUSAL, WINDOWED)
+    last = tl.minimum(bottom + BLOCK_T, S) - 1
+    lo, whole_hi = keys_of(bottom, start, end, window, CAUSAL, WINDOWED)
+    whole_lo, hi = keys_of(last, start, end, window, CAUSAL, WINDOWED)
+    if FIRST_APART:
+        row_lo = tl.maximum(row_lo, start + 1)
+        whole_lo = tl.maximum(whole_lo, start + 1)
     first, head, middle, tail = blocks_in(lo, hi, whole_lo, whole_hi, BLOCK_S)
 
     from_row = (block * BLOCK_T).to(tl.int64)
@@ -262,42 +269,39 @@ def _sink_attention_fwd_kernel(
     acc = tl.zeros((BLOCK_T, D), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-    acc, total, top = _attend(
-        acc, total, top, queries, k, v, stride_ks, stride_vs, row_lo, row_hi, lo, hi,
-        scale, first, head, middle, head + tail, WIDTH, D, BLOCK_S, True, DOT_IN_FP32,
+    x = tl.zeros((BLOCK_T,), tl.float32)
+    acc, total, top, x = _attend(
+        acc, total, top, x, queries, k, v, stride_ks, stride_vs, row_lo, row_hi, lo, hi,
+        start, scale, first, head, middle, head + tail, FIRST_APART, WIDTH, D, BLOCK_S,
+        True, DOT_IN_FP32,
     )  # fmt: skip
-    acc, total, top = _attend(
-        acc, total, top, queries, k, v, stride_ks, stride_vs, row_lo, row_hi, lo, hi,
-        scale, first + head, 0, 0, middle, WIDTH, D, BLOCK_S, False, DOT_IN_FP32,
+    acc, total, top, x = _attend(
+        acc, total, top, x, queries, k, v, stride_ks, stride_vs, row_lo, row_hi, lo, hi,
+        start, scale, first + head, 0, 0, middle, FIRST_APART, WIDTH, D, BLOCK_S,
+        False, DOT_IN_FP32,
     )  # fmt: skip
 
     gates = tl.where(blind, 0.0, 1.0)
     at_row = bh.to(tl.int64) * T + row
     if FIRST_APART:
-        # One more block of keys of which only this one is there, and one more step of the softmax.
-        column = tl.arange(0, 16)
-        limit = end
-        if WINDOWED:
-            limit = tl.where(start > bottom - window, end, start)
-        present = (column == 0) & (column + start < limit)
-        at_first = start.to(tl.int64)
-        keys = load_rows(k + at_first * stride_ks, column, stride_ks, present, WIDTH, D, True)
-        zero = tl.zeros((BLOCK_T, 16), tl.float32)
-        logits = dot(queries, tl.trans(keys), zero, DOT_IN_FP32)
-        x = tl.sum(tl.where(present[None, :], logits, 0.0), 1) * scale
-        x = tl.where(sees_first, x, float("-inf"))
         logit = tl.where(sees_first, (top - x) + tl.log2(total), float("inf")) * LN2
         gates, _ = sigmoids(logit)
         if gate_logit is not None:
             tl.store(gate_logit + at_row, logit, mask=inside)
+        x = tl.where(sees_first, x, float("-inf"))
         raised = tl.maximum(top, x)
         base = tl.where(raised == float("-inf"), 0.0, raised)
         weight = tl.exp2(x - base)
         shrink = tl.exp2(top - base)
         total = total * shrink + weight
-        values = load_rows(v + at_first * stride_vs, column, stride_vs, present, WIDTH, D, True)
-        p = tl.where(present[None, :], weight[:, None], 0.0)
-        acc = dot(p.to(values.dtype), values, acc * shrink[:, None], DOT_IN_FP32)
+        # Where none of these rows sees the key, it may hold NaN.
+        limit = end
+        if WINDOWED:
+            limit = tl.where(start > bottom - window, end, start)
+        channel = tl.arange(0, D)
+        present = (channel < WIDTH) & (channel * 0 + start < limit)
+        value = tl.load(v + start.to(tl.int64) * stride_vs + channel, mask=present, other=0.0)
+        acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
         top = raised
 
     nats = (top + tl.log2(total)) * LN2

@@ -37,13 +37,13 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
     ),
     ("forward", 128, 16): (
         (Config(128, 64, 8, 3), _NEW),
-        (Config(128, 64, 8, 2), _ALL),
-        (Config(128, 32, 8, 3), _ALL),
+        (Config(128, 64, 8, 2), _NEW),
+        (Config(128, 32, 8, 2), _ALL),
         (Config(64, 64, 8, 2), _ALL),
     ),
     ("forward", 256, 16): (
-        (Config(128, 64, 8, 2), _NEW),
-        (Config(64, 64, 8, 2), _BIG),
+        (Config(128, 64, 8, 2), (100,)),
+        (Config(64, 64, 8, 2), (80, 100)),
         (Config(64, 32, 8, 2), _ALL),
     ),
     ("keys", 64, 16): (
@@ -85,6 +85,10 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
 }
 
 
+# Where the default has no register left for the weight of a row.
+_UNWEIGHTED = {("keys", 128, 16, 90)}
+
+
 def chip(capability: int) -> int:
     """The chip whose configurations suit a compute capability (times ten)."""
     if capability in (80, 87):
@@ -95,8 +99,21 @@ def chip(capability: int) -> int:
     return 120
 
 
-def candidates(kernel: str, width: int, bits: int, capability: int) -> list[Config]:
-    """Configurations of a kernel ("forward", "keys" or "queries"), the default first."""
+def candidates(
+    kernel: str, width: int, bits: int, capability: int, weighted: bool = False
+) -> list[Config]:
+    """Configurations of a kernel ("forward", "keys" or "queries"), the default first.
+
+    `weighted` says whether the backward pass keeps the gates of rows apart from their exponents.
+    """
     rows = _TABLE[kernel, max(width, WIDTHS[0]), bits]
     wanted = chip(capability)
-    return [config for config, chips in rows if wanted in chips]
+    found = [config for config, chips in rows if wanted in chips]
+    if weighted and (kernel, width, bits, wanted) in _UNWEIGHTED:
+        return found[1:]
+    return found
+
+
+def rows_block(width: int) -> int:
+    """Queries of a program of the rows kernel: it holds up to four tensors of that many rows."""
+    return max(16, 4096 // width)

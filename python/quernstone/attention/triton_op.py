@@ -20,14 +20,14 @@ from torch import Tensor
 from quernstone.attention import checks
 from quernstone.kernels.triton import attention as forward_kernels
 from quernstone.kernels.triton import attention_backward as backward_kernels
-from quernstone.kernels.triton.attention_configs import Config, candidates
+from quernstone.kernels.triton.attention_configs import Config, candidates, rows_block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STRIP: int = forward_kernels.STRIP.value
 _COUNT_BLOCK = 1024
 _SUM_BLOCK = 256
-# Of a rows kernel's [queries, d]: what a program holds of each of its four tensors.
-_ROWS_ELEMENTS = 4096
+# An option of the compiler, whose default is about to change: products and sums in one instruction.
+_FUSED = {"enable_fp_fusion": True}
 # A product of bf16 numbers in Triton's interpreter is that of their bits.
 DOT_IN_FP32 = False
 
@@ -270,8 +270,8 @@ def _backward(
     dsinks = q.new_empty(h if sink else 0, dtype=torch.float32)
     dgate = q.new_empty((0,) if call.gate is None else call.gate.shape)
 
-    rows_block = max(_STRIP, _ROWS_ELEMENTS // triton.next_power_of_2(d))
-    row_blocks = -(-t // rows_block)
+    per_program = rows_block(triton.next_power_of_2(d))
+    row_blocks = -(-t // per_program)
     bases, shifts = q.new_empty(2, b, h, t, dtype=torch.float32)
     # A gate folded into its row's exponent saves a product a score. It costs digits that only
     # fp32 has, and dlse would have to be divided by it.
@@ -293,7 +293,7 @@ def _backward(
             dgate if call.gate is not None else None, parts,
             *dout.stride()[:3], *out.stride()[:3], *call.gate_strides(),
             h, t, s, 0 if counts is None else counts.numel(), call.window,
-            KIND=call.kind, **call.constants, **call.width, BLOCK_T=rows_block,
+            KIND=call.kind, **call.constants, **call.width, BLOCK_T=per_program, **_FUSED,
         )  # fmt: skip
     if parts is not None:
         _sum(parts, None, dsinks)
@@ -319,6 +319,7 @@ def _backward(
             call,
             (*rows, dk, dv, *strides, g, h // g, t, s, call.window, *scales),
             call.constants,
+            weighted=apart,
         )
     if dq.numel() > 0:
         _launch(
@@ -327,6 +328,7 @@ def _backward(
             call,
             (*rows, dq, *strides, h, h // g, t, s, call.window, *scales),
             call.constants,
+            weighted=apart,
         )
     return dq, dk, dv, dsinks, dgate
 
@@ -337,7 +339,7 @@ def _count(call: _Call) -> Tensor:
     counts = call.q.new_empty(b, blocks, dtype=torch.int32)
     backward_kernels._sink_attention_count_kernel[(b * blocks,)](
         *call.mask, counts, t, call.k.shape[2], call.window,
-        KIND=call.kind, **call.constants, BLOCK=_COUNT_BLOCK,
+        KIND=call.kind, **call.constants, BLOCK=_COUNT_BLOCK, **_FUSED,
     )  # fmt: skip
     return counts
 
@@ -345,17 +347,22 @@ def _count(call: _Call) -> Tensor:
 def _sum(parts: Tensor, counts: Tensor | None, out: Tensor) -> None:
     b, h, n = parts.shape
     forward_kernels._sink_attention_sum_kernel[(h,)](
-        parts, counts, out, b, h, max(n, 1) if b == 0 else n, BLOCK=_SUM_BLOCK
+        parts, counts, out, b, h, max(n, 1) if b == 0 else n, BLOCK=_SUM_BLOCK, **_FUSED
     )
 
 
 def _launch(
-    kernel: Any, name: str, call: _Call, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any,
+    name: str,
+    call: _Call,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    weighted: bool = False,
 ) -> None:
     q, k = call.q, call.k
     b, h, t, _ = q.shape
     g, s = k.shape[1:3]
-    constants = {**constants, **call.width, "DOT_IN_FP32": DOT_IN_FP32}
+    constants = {**constants, **call.width, "DOT_IN_FP32": DOT_IN_FP32, **_FUSED}
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         if name == "keys":
@@ -364,20 +371,20 @@ def _launch(
 
     bits = q.element_size() * 8
     if _tunes(q):
-        shape = (name, constants["D"], bits, _capability(q.device))
+        shape = (name, constants["D"], bits, _capability(q.device), weighted)
         # Lengths within a factor of two share their configuration; so do calls of one kind.
         likeness = (call.kind, call.causal, call.windowed, t.bit_length(), s.bit_length())
         tuned = _tuned(kernel, *shape, likeness)
         if tuned.cache or not torch.cuda.is_current_stream_capturing():
             tuned[grid](*arguments, **constants)
             return
-    config = pick_config(name, constants["D"], bits, q.device)
+    config = pick_config(name, constants["D"], bits, q.device, weighted)
     kernel[grid](*arguments, **constants, **_blocks(config), **_options(config))
 
 
-def pick_config(name: str, width: int, bits: int, device: torch.device) -> Config:
+def pick_config(name: str, width: int, bits: int, device: torch.device, weighted: bool) -> Config:
     """What runs without the autotuner: a fixed choice for each chip."""
-    return candidates(name, width, bits, _capability(device))[0]
+    return candidates(name, width, bits, _capability(device), weighted)[0]
 
 
 def _tunes(q: Tensor) -> bool:
@@ -391,12 +398,18 @@ def _tunes(q: Tensor) -> bool:
 
 @functools.cache
 def _tuned(
-    kernel: Any, name: str, width: int, bits: int, capability: int, likeness: tuple[int, ...]
+    kernel: Any,
+    name: str,
+    width: int,
+    bits: int,
+    capability: int,
+    weighted: bool,
+    likeness: tuple[int, ...],
 ) -> Any:
     """An autotuner of its own for each likeness: Triton's would tune for every length."""
     configs = [
         triton.Config(_blocks(config), **_options(config))
-        for config in candidates(name, width, bits, capability)
+        for config in candidates(name, width, bits, capability, weighted)
     ]
     return triton.autotune(configs=configs, key=[])(kernel)
 
