@@ -78,7 +78,7 @@ class HeadBalanceMixin:
         if len(found[0]) > 1 and balancer.accumulation == "measured":
             self.model.train()
             balancer.measure(found[0], self._measure)
-        self._loss_steps += 1
+        self._loss_steps += len(found[0]) > 0
         return found
 
     def compute_loss(
