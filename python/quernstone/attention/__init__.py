@@ -7,10 +7,12 @@ from quernstone.attention.balancer import HeadBalancer
 from quernstone.attention.hf import register_with_transformers
 from quernstone.attention.modules import SinkAttention, split_gate
 from quernstone.attention.report import HeadReport, head_report
+from quernstone.attention.trainer import HeadBalanceMixin
 from quernstone.attention.types import Aux, Kind
 
 __all__ = [
     "Aux",
+    "HeadBalanceMixin",
     "HeadBalancer",
     "HeadReport",
     "Kind",

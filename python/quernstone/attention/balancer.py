@@ -72,7 +72,8 @@ class HeadBalancer:
     smaller the micro-batches are.
 
     Activation checkpointing works with use_reentrant=False; the reentrant kind hides the
-    importance from autograd and is refused. A copy or pickle of an attached model is not attached.
+    importance from autograd and is refused, and so is a compiled model. A copy or pickle of an
+    attached model is not attached. A pass that raises leaves nothing behind.
 
     Args:
         model: to watch, or the DistributedDataParallel around it.
@@ -87,6 +88,7 @@ class HeadBalancer:
         accumulation: "measured" or "separate", see above.
         process_group: over whose ranks a batch is spread; None is that of the
             DistributedDataParallel, else the default one where torch.distributed is initialised.
+            A process that trains alone there needs a group of its own.
 
     Raises:
         ValueError: an argument out of range; nn.DataParallel; a compiled model.
@@ -257,6 +259,8 @@ class HeadBalancer:
         # Whatever is wrong below, the next step starts afresh.
         records, self._records = self._records, {}
         weight = self._weight(step)
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches: got {micro_batches}, expected 1 or more")
         measured = self._measured
         if measured is None and micro_batches != 1 and self.accumulation == "measured":
             raise ValueError(
