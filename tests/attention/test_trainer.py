@@ -1,12 +1,14 @@
 """The head-balance loss in a transformers Trainer, against a training loop written out."""
 
 import copy
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, multiprocessing
 from torch.nn import functional
 
 from quernstone.attention import HeadBalanceMixin, HeadBalancer, schedules
@@ -98,13 +100,17 @@ class Run:
 
 
 def written_out(
-    model: Any, run: Run, *, head_balance: dict[str, Any], divided: bool = False
+    model: Any,
+    steps: list[list[dict[str, Tensor]]],
+    *,
+    head_balance: dict[str, Any],
+    divided: bool = False,
 ) -> tuple[list[dict[str, Tensor]], list[float], float]:
-    """Gradients and balance losses of the steps of a run, each batch joined into one."""
+    """Gradients and balance losses of steps, each batch joined into one."""
     weights = head_balance["weight"]
     gradients, losses, cv = [], [], 1.0
     model.train()
-    for step, parts in enumerate(run.steps):
+    for step, parts in enumerate(steps):
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         labels = whole.pop("labels")[:, 1:]
         weight = weights(step) if callable(weights) else weights
@@ -142,6 +148,16 @@ def written_out(
                 if p.grad is not None:
                     p -= RATE * p.grad
     return gradients, losses, cv
+
+
+def assert_same(got: list[dict[str, Tensor]], want: list[dict[str, Tensor]], cv: float) -> None:
+    # As in the tests of the balancer; the steps before leave their rounding in the weights.
+    allowed = len(want) * (1e-6 + 8 * U_FP32 / cv)
+    for found, wanted in zip(got, want, strict=True):
+        assert found.keys() == wanted.keys()
+        whole = torch.cat([x.flatten() for x in wanted.values()]).norm()
+        for weight, x in wanted.items():
+            assert (found[weight] - x).norm() <= allowed * (x.norm() + whole), weight
 
 
 def model_of(name: str) -> Any:
@@ -187,23 +203,58 @@ def test_gradients_of_each_step_are_those_of_a_loop_written_out(
         head_balance=head_balance,
         divided=divided,
     )
-    want, losses, cv = written_out(model_of(name), run, head_balance=head_balance, divided=divided)
+    want, losses, cv = written_out(
+        model_of(name), run.steps, head_balance=head_balance, divided=divided
+    )
     assert len(run.gradients) == len(want) == 3
-    # As in the tests of the balancer; the steps before leave their rounding in the weights.
-    allowed = 3 * (1e-6 + 8 * U_FP32 / cv)
-    for got, wanted in zip(run.gradients, want, strict=True):
-        assert got.keys() == wanted.keys()
-        whole = torch.cat([x.flatten() for x in wanted.values()]).norm()
-        for weight, x in wanted.items():
-            assert (got[weight] - x).norm() <= allowed * (x.norm() + whole), weight
+    assert_same(run.gradients, want, cv)
     logged = [row["head_balance_loss"] for row in run.logs]
+    assert logged == pytest.approx(losses, rel=1e-4)
+
+
+def train_on_rank(rank: int, folder: str, port: int) -> None:
+    """What a process of the next test runs."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
+    model, options = model_of("gpt_oss"), {"micro_batches": 2, "head_balance": OPTIONS}
+    run = Run(Path(folder), model, count=16, ddp_backend="gloo", **options)
+    found = {"gradients": run.gradients, "steps": run.steps, "logs": run.logs}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_gradients_on_two_ranks_are_those_of_a_loop_over_both(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(
+        train_on_rank, (str(tmp_path), port), nprocs=2, start_method="spawn"
+    )
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    steps = [a + b for a, b in zip(*(rank["steps"] for rank in ranks), strict=True)]
+    want, losses, cv = written_out(model_of("gpt_oss"), steps, head_balance=OPTIONS)
+    assert len(want) == 2
+    for rank in ranks:
+        found = [
+            {name.removeprefix("module."): x for name, x in step.items()}
+            for step in rank["gradients"]
+        ]
+        assert_same(found, want, cv)
+    logged = [row["head_balance_loss"] for row in ranks[0]["logs"]]
     assert logged == pytest.approx(losses, rel=1e-4)
 
 
 def test_the_balance_is_what_makes_the_difference(tmp_path: Path) -> None:
     """Without it the comparison above must fail."""
     run = Run(tmp_path, model_of("gpt_oss"), count=4, micro_batches=2, head_balance={"weight": 0.0})
-    want, _, _ = written_out(model_of("gpt_oss"), run, head_balance=OPTIONS)
+    want, _, _ = written_out(model_of("gpt_oss"), run.steps, head_balance=OPTIONS)
     sinks = "model.layers.0.self_attn.sinks"
     assert (run.gradients[0][sinks] - want[0][sinks]).norm() > 0.1 * want[0][sinks].norm()
 

@@ -29,8 +29,8 @@ class HeadBalanceMixin:
     of the last batch `head_cv`, the imbalance of the paper, and `mean_gate`, which tells a
     balance by work from one by open gates.
 
-    Tested in one process. Several go through `HeadBalancer`, which is tested with
-    DistributedDataParallel; DeepSpeed, FSDP and tensor or sequence parallelism are untested.
+    Several processes work with DistributedDataParallel; DeepSpeed, FSDP and tensor or sequence
+    parallelism are untested.
 
     Args:
         *args, **kwargs: of the Trainer.
