@@ -32,7 +32,6 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
     ("forward", 64, 16): (
         (Config(128, 64, 8, 3), _ALL),
         (Config(64, 64, 4, 3), _ALL),
-        (Config(128, 128, 8, 2), _NEW),
         (Config(128, 32, 8, 3), _ALL),
     ),
     ("forward", 128, 16): (
@@ -75,7 +74,7 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
     ),
     ("forward", 64, 32): ((Config(64, 32, 8, 1), _ALL), (Config(32, 32, 8, 1), _ALL)),
     ("forward", 128, 32): ((Config(32, 32, 8, 1), _ALL),),
-    ("forward", 256, 32): ((Config(16, 32, 8, 1), _ALL),),
+    ("forward", 256, 32): ((Config(16, 16, 8, 1), _ALL),),
     ("keys", 64, 32): ((Config(32, 32, 8, 1), _ALL), (Config(16, 32, 4, 1), _ALL)),
     ("keys", 128, 32): ((Config(16, 32, 8, 1), _ALL),),
     ("keys", 256, 32): ((Config(16, 16, 8, 1), _ALL),),

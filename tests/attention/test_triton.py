@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quernstone.attention import checks, sink_attention
 
@@ -196,6 +197,26 @@ def test_a_missing_triton_is_named() -> None:
 
 def test_this_process_does_not_interpret() -> None:
     assert "TRITON_INTERPRET" not in os.environ
+
+
+def test_torch_knows_the_shapes_of_a_cuda_call() -> None:
+    """Without gradients: autograd itself asks for a CUDA runtime."""
+    shape = {"device": "cuda", "dtype": torch.float16}
+    with FakeTensorMode():
+        q, k = torch.empty(2, 4, 5, 16, **shape), torch.empty(2, 2, 7, 16, **shape)
+        gate = torch.empty(2, 4, 5, **shape)
+        out, aux = sink_attention(q, k, k, kind="gated", gate=gate, return_aux=True)
+        assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+        assert (aux.lse.shape, aux.lse.dtype) == ((2, 4, 5), torch.float32)
+        assert (aux.importance.shape, aux.importance.device) == ((4,), q.device)
+        saved = (out, aux.lse, aux.importance, out, aux.lse, None)
+        gradients = torch.ops.quernstone.sink_attention_backward(
+            *saved, q, k, k, "gated", None, gate, *(True, None, None), *(None,) * 3
+        )
+        assert [x.dtype for x in gradients] == [*(q.dtype,) * 3, torch.float32, q.dtype]
+        assert {x.device for x in gradients} == {q.device}
+        with pytest.raises(ValueError, match=r"v\.device: got cpu, expected cuda:0"):
+            sink_attention(q, k, torch.empty(2, 2, 7, 16), kind="gated", gate=gate)
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [
