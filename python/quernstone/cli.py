@@ -136,9 +136,9 @@ def bench(
     from quernstone.bench.plugin import Selection
 
     if study:
-        from quernstone.bench.study import command
+        from quernstone.bench.study.command import main as run_study
 
-        command.main(verticals or [], quick=quick, out=out / "study")
+        run_study(verticals or [], quick=quick, out=out / "study")
         return
     # Bound to the terminal: while rows run, what else is printed goes to a log.
     console = Console(file=sys.stdout)
