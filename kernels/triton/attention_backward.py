@@ -2,17 +2,23 @@
 
 Axes: b batch, h query heads, g key heads, t queries, s keys, d head width.
 
-With A the plain attention weights, w the gate of a row and D = dout . out, every gradient of the
-logits has the form
+With A the plain attention weights of a row, D = dout . out, dL and dG the gradients of its
+log-sum-exp and its gate (of the importance over the number of tokens), the logits have
 
-    dS_ij = A_ij (w_i dout_i . v_j + c_i)        dv_j = sum_i w_i A_ij dout_i
+    dx_ij = A_ij (w_i dout_i . v_j + c_i)        dv_j = sum_i w_i A_ij dout_i
 
-and the gates, the log-sum-exp and the importance only shape the two numbers w and c of a row (and
-a third, the shift of the first key of kind "vanilla"). A first kernel makes them; one walks over
-keys for dk and dv, with every query head of the group, one over queries for dq. Nothing is added
-atomically: a call gives the same bits each time.
+    sink      w = sigmoid(L - s)    c = dL + w ((1 - w) dG - D)    ds = -sum (1 - w) (D + w dG)
+    gated     w = sigmoid(gate)     c = dL - D                     dgate = (1 - w) (D + w dG)
+    vanilla   w = 1                 c = dL - D + (1 - G) dG        the first key: less dG
 
-Source: arXiv 2602.01203; the derivation is in csrc/attention/README.md.
+An element-wise gate multiplies dout beforehand; then w = 1. Where dL is 0, w goes into the exponent
+of A, and c / w takes the place of c.
+
+A first kernel makes these numbers; one walks over keys for dk and dv, with every query head of the
+group, one over queries for dq. Nothing is added atomically: a call gives the same bits each time.
+
+Source: arXiv 2602.01203, whose loss gives each head one number; out = w A v differentiated by hand.
+Oracle: autograd through quernstone.attention.reference.
 """
 
 import triton
@@ -184,15 +190,14 @@ def _sink_attention_bwd_rows_kernel(
         opened, shut = sigmoids(logit)
         tl.store(first_shifts + at_row, shift - opened * dgate_mean, mask=inside)
         shift += shut * dgate_mean
-    # Of a row that sees nothing, every weight 2^(x - base) is 0.
-    tl.store(bases + at_row, tl.where(sees, base, float("inf")), mask=inside)
+    tl.store(bases + at_row, base, mask=inside)
     tl.store(shifts + at_row, shift, mask=inside)
 
 
 @triton.jit
-def load_numbers(base, index, present, absent, MASKED: tl.constexpr):
-    """One number a row; `absent` for rows not `present`."""
-    return tl.load(base + index, mask=present, other=absent) if MASKED else tl.load(base + index)
+def load_numbers(base, index, present, MASKED: tl.constexpr):
+    """One number a row; 0 for rows not `present`."""
+    return tl.load(base + index, mask=present, other=0.0) if MASKED else tl.load(base + index)
 
 
 @triton.jit
@@ -233,8 +238,9 @@ def _keys_from_rows(
 ):
     """Adds `count` blocks of queries of each head: `head` from `first` on, the rest `skip` later.
 
-    A key outside its sequence gets anything. One loop over heads and blocks, as an outer loop of
-    its own would cost registers that the sums need.
+    A key outside its sequence gets anything. A row that sees nothing has zeros for its query and
+    its incoming gradient, and adds none. One loop over heads and blocks, as an outer loop of its
+    own would cost registers that the sums need.
     """
     local = tl.arange(0, BLOCK_T)
     for turn in range(0, heads * count):
@@ -252,7 +258,7 @@ def _keys_from_rows(
             q + h * stride_qh + from_row.to(tl.int64) * stride_qt,
             local, stride_qt, sees, WIDTH, D, MASKED,
         )  # fmt: skip
-        base = load_numbers(bases + at, local, row < T, float("inf"), MASKED)
+        base = load_numbers(bases + at, local, row < T, MASKED)
         zero = tl.zeros((keys.shape[0], BLOCK_T), tl.float32)
         logits = dot(keys, tl.trans(queries), zero, DOT_IN_FP32)
         p = tl.exp2(logits * scale - base[None, :])
@@ -269,13 +275,13 @@ def _keys_from_rows(
         dp = dot(values, tl.trans(incoming), zero, DOT_IN_FP32)
         shared = p
         if weights is not None:
-            weight = load_numbers(weights + at, local, row < T, 0.0, MASKED)[None, :]
+            weight = load_numbers(weights + at, local, row < T, MASKED)[None, :]
             shared = p * weight
             dp = dp * weight
         dv = dot(shared.to(incoming.dtype), incoming, dv, DOT_IN_FP32)
-        added = load_numbers(shifts + at, local, row < T, 0.0, MASKED)[None, :]
+        added = load_numbers(shifts + at, local, row < T, MASKED)[None, :]
         if MASKED and first_shifts is not None:
-            at_first = load_numbers(first_shifts + at, local, row < T, 0.0, MASKED)
+            at_first = load_numbers(first_shifts + at, local, row < T, MASKED)
             added = tl.where(key[:, None] == start, at_first[None, :], added)
         ds = p * (dp + added)
         dk = dot(ds.to(queries.dtype), queries, dk, DOT_IN_FP32)

@@ -35,8 +35,7 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
         (Config(128, 32, 8, 3), _ALL),
     ),
     ("forward", 128, 16): (
-        (Config(128, 64, 8, 3), _NEW),
-        (Config(128, 64, 8, 2), _NEW),
+        (Config(128, 64, 8, 3), (90,)),
         (Config(128, 32, 8, 2), _ALL),
         (Config(64, 64, 8, 2), _ALL),
     ),

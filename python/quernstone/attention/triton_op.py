@@ -347,7 +347,7 @@ def _count(call: _Call) -> Tensor:
 def _sum(parts: Tensor, counts: Tensor | None, out: Tensor) -> None:
     b, h, n = parts.shape
     forward_kernels._sink_attention_sum_kernel[(h,)](
-        parts, counts, out, b, h, max(n, 1) if b == 0 else n, BLOCK=_SUM_BLOCK, **_FUSED
+        parts, counts, out, b, h, n, BLOCK=_SUM_BLOCK, **_FUSED
     )
 
 
