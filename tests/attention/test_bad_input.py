@@ -65,6 +65,7 @@ def assert_refused(
         ("window", "2", "str"),
         ("scale", "big", "str"),
         ("scale", 1j, "complex"),
+        ("scale", torch.tensor(0.25, requires_grad=True), "Tensor"),
         ("key_start", 0, "int"),
         ("key_start", [0, 0], "list"),
         ("key_lengths", 7, "int"),

@@ -237,6 +237,8 @@ def test_schedules() -> None:
         ({"shared_heads": [[0]]}, "shared_heads: got 1 layers, expected 2"),
         ({"shared_heads": [[0], [4]]}, r"shared_heads\[1\]: got head 4, expected 0 to 3"),
         ({"shared_heads": [[0], [0, 1, 2, 3]]}, r"shared_heads\[1\]: got every head"),
+        ({"shared_heads": [[0], [True, False]]}, r"shared_heads\[1\]: got a list of torch.bool"),
+        ({"shared_heads": [[0], [1.5]]}, r"shared_heads\[1\]: got a list of torch.float32"),
         ({"shared_heads": torch.zeros(2, 4)}, r"shared_heads\[0\].dtype: got .*float32"),
         ({"shared_heads": torch.zeros(2, 3).bool()}, r"shared_heads\[0\].shape: got \(3,\)"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from quernstone.attention import (
     HeadBalancer,
@@ -248,6 +249,30 @@ def test_reentrant_checkpointing_is_refused() -> None:
         pytest.raises(ValueError, match=r"layers.0.self_attn: .* use_reentrant=False"),
     ):
         model(**whole)
+
+
+def test_a_model_inside_a_checkpointed_part_is_recorded_once() -> None:
+    model, whole = training(), batch()
+
+    def squares(ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+        return logits.square()
+
+    with HeadBalancer(model) as balancer:
+        want = alone(model, balancer, whole)
+        checkpoint(squares, *whole.values(), use_reentrant=False)
+        balancer.loss().backward()
+        assert_same(gradients(model), want, balancer.mean_cv)
+        assert not balancer._records
+
+
+def test_reentrant_checkpointing_of_all_is_refused() -> None:
+    model, whole = training(), batch()
+    with HeadBalancer(model) as balancer:
+        weight = torch.ones((), requires_grad=True)
+        checkpoint(lambda x: model(**whole).logits * x, weight, use_reentrant=True)
+        with pytest.raises(ValueError, match=r"without grad alone, .* use_reentrant=False"):
+            balancer.loss()
 
 
 def test_nothing_is_recorded_in_eval_mode() -> None:

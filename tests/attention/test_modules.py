@@ -13,7 +13,7 @@ from quernstone.attention.hf import PROBE
 from quernstone.attention.hf_mask import KeyMask
 
 from .hf_tiny import tiny
-from .tolerances import U_FP32, relative_error
+from .tolerances import U_BF16, U_FP32, relative_error
 
 BATCH, LENGTH, WIDTH = 3, 19, 64
 
@@ -297,6 +297,34 @@ def test_reset_draws_weights_again_and_clears_sinks() -> None:
     assert not layer.sinks.any()
     assert not torch.equal(layer.q_proj.weight, before)
     assert "num_heads=4, num_kv_heads=4, head_dim=16, kind='sink', causal=True" in repr(layer)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_shapes_are_told_without_numbers(options: dict[str, Any]) -> None:
+    layer = SinkAttention(WIDTH, 4, **options, device="meta")
+    assert layer(torch.empty(BATCH, LENGTH, WIDTH, device="meta")).shape == (BATCH, LENGTH, WIDTH)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+def test_autocast_takes_fp32_rotations_and_caches(options: dict[str, Any], cached: bool) -> None:
+    layer, x = SinkAttention(WIDTH, 4, **options), inputs()
+    angles = torch.randn(LENGTH, 16)
+    rotary = angles.cos(), angles.sin()
+    past = None
+    if cached:
+        with torch.no_grad():
+            _, past = layer(x, rotary=rotary, use_cache=True)
+    want = layer(x, rotary=rotary, past=past)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer(x, rotary=rotary, past=past)
+    assert got.dtype == torch.bfloat16
+    # Six roundings on the way: x, weights, projections, rotated, attended, projected.
+    assert relative_error(got.detach(), want.detach()) <= 6 * U_BF16
+    exact, rounded = gradients(layer, want), gradients(layer, got.float())
+    off = [(rounded[name] - exact[name]).norm() for name in exact]
+    whole = torch.stack([x.norm() for x in exact.values()]).norm()
+    assert torch.stack(off).norm() <= 12 * U_BF16 * whole
 
 
 @pytest.mark.parametrize(

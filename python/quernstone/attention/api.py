@@ -114,6 +114,9 @@ def sink_attention(
         _refuse_kind(kind)
     if window is not None and type(window) is not int:
         window = _integer("window", window)
+    if isinstance(scale, Tensor):
+        # torch would take its number, and with it silently its gradient.
+        raise TypeError(f"scale: got {type(scale).__name__}, expected float or None")
     if forward_ad._current_level >= 0:
         _refuse_tangents(q, k, v, sinks, gate)
     try:

@@ -273,6 +273,10 @@ def _masks(shared_heads: SharedHeads, rows: list[Tensor]) -> list[Tensor]:
                 raise ValueError(f"{where}.shape: got {got}, expected {want}")
             masks.append(heads.to(row.device))
             continue
+        kind = torch.tensor(list(heads)).dtype
+        if len(heads) and kind in (torch.bool, torch.float32, torch.float64):
+            # A row of a mask would be read as the heads 0 and 1.
+            raise ValueError(f"{where}: got a list of {kind}, expected indices or a bool tensor")
         for head in heads:
             if not 0 <= head < len(row):
                 raise ValueError(f"{where}: got head {head}, expected 0 to {len(row) - 1}")

@@ -140,6 +140,7 @@ class HeadBalancer:
         self._records: _Records = {}
         self._pass: _Records | None = None
         self._pass_has_grad = False
+        self._records_have_grad = False
         self._measuring = False
         self._measured: _Batch | None = None
         self._importance: dict[str, Tensor] = {}
@@ -195,6 +196,7 @@ class HeadBalancer:
     def reset(self) -> None:
         """Forget passes that no loss has been made of, and what was measured."""
         self._records = {}
+        self._records_have_grad = False
         self._pass = None
         self._measured = None
 
@@ -231,6 +233,7 @@ class HeadBalancer:
         finally:
             self._measuring = False
             self._records = {}
+            self._records_have_grad = False
         if self.accumulation == "measured":
             self._measured = batch_of_all
 
@@ -249,15 +252,16 @@ class HeadBalancer:
             A scalar in the dtype of the importances, fp32.
 
         Raises:
-            ValueError: nothing has been recorded; several micro-batches without `measure`, or not
-                as many as it has seen; a schedule without `step`; ranks that do not fit; layers
-                that `measure` did not see; `shared`, `skip_layers` or `shared_heads` that do not
-                fit the layers.
+            ValueError: nothing has been recorded, or in grad mode nothing with grad; several
+                micro-batches without `measure`, or not as many as it has seen; a schedule without
+                `step`; ranks that do not fit; layers that `measure` did not see; `shared`,
+                `skip_layers` or `shared_heads` that do not fit the layers.
 
         On several ranks all must call it, and all raise if their layers differ.
         """
         # Whatever is wrong below, the next step starts afresh.
         records, self._records = self._records, {}
+        has_grad, self._records_have_grad = self._records_have_grad, False
         weight = self._weight(step)
         if micro_batches < 1:
             raise ValueError(f"micro_batches: got {micro_batches}, expected 1 or more")
@@ -280,6 +284,11 @@ class HeadBalancer:
             if batch.left == 0:
                 self._measured = None
         _refuse_nothing(records)
+        if torch.is_grad_enabled() and not has_grad:
+            raise ValueError(
+                "HeadBalancer: got passes without grad alone, expected one with grad, activation "
+                "checkpointing with use_reentrant=False, or loss() without grad too"
+            )
         total = self._balance(batch, records, weight)
         if measured is None:
             return total / micro_batches
@@ -312,10 +321,14 @@ class HeadBalancer:
         return self.weight(step)
 
     def _open(self, *_: object) -> None:
-        self._pass = {}
+        # What is checkpointed runs again inside backward(), and has been recorded before.
+        again = torch._C._current_graph_task_id() != -1
+        self._pass = None if again else {}
         self._pass_has_grad = torch.is_grad_enabled()
 
     def _keep(self, *_: object) -> None:
+        if self._pass:
+            self._records_have_grad |= self._pass_has_grad
         for name, calls in (self._pass or {}).items():
             self._records.setdefault(name, []).extend(calls)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quernstone.attention.api import sink_attention
+from quernstone.attention.autocast import autocast
 from quernstone.attention.hf_mask import KeyMask, key_mask, refuse
 
 NAME = "quernstone"
@@ -47,8 +48,8 @@ def register_with_transformers() -> None:
 
     Right, and equal to eager attention up to rounding: causal, bidirectional and cross-attention,
     grouped heads, padding on the left or right, sliding windows, static and dynamic caches,
-    learned sinks (`s_aux`), a value width unlike the key width, fp32 and bf16, and the gradients
-    of all inputs.
+    learned sinks (`s_aux`), a value width unlike the key width, fp32, bf16 and torch.autocast, and
+    the gradients of all inputs.
 
     Refused with a ValueError that names it: dropout, soft-capping, position and attention biases,
     head masks, `output_attentions`, dense mask tensors, padding between tokens, packed sequences,
@@ -114,6 +115,9 @@ def attention_forward(
     if s_aux is not None and gate is not None:
         refuse("sinks and a gate in one layer")
     mask = _resolve(module, query, key, attention_mask, is_causal, sliding_window)
+    query, key, value = autocast(query, key, value)
+    if gate is not None:
+        (gate,) = autocast(gate)
 
     width, value_width = query.shape[-1], value.shape[-1]
     if value_width != width:

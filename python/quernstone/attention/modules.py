@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quernstone.attention.api import sink_attention
+from quernstone.attention.autocast import autocast
 from quernstone.attention.hf import PROBE
 from quernstone.attention.hf_mask import KeyMask
 from quernstone.attention.types import Kind
@@ -143,7 +144,7 @@ class SinkAttention(nn.Module):
         """Attend.
 
         Args:
-            x: [b, t, e], dtype of the parameters.
+            x: [b, t, e], dtype of the parameters; under torch.autocast any.
             rotary: what turns queries [b, h, t, d] and keys [b, g, t, d] before they are cached:
                 (cos, sin), [t, d] or [b, t, d] each, whose two halves of d turn together as in
                 Llama; or a function of both that may do anything, such as normalise them too.
@@ -194,7 +195,8 @@ class SinkAttention(nn.Module):
             gate = self.gate_proj(x)
             if self.gate == "element":
                 gate = gate.unflatten(2, (self.num_heads, self.head_dim))
-            gate = gate.transpose(1, 2)
+            (gate,) = autocast(gate.transpose(1, 2))
+        q, k, v = autocast(q, k, v)
         options: dict[str, Any] = {
             "kind": self.kind,
             "sinks": self.sinks,
