@@ -31,21 +31,17 @@ _NEW = (90, 100)
 _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] = {
     ("forward", 64, 16): (
         (Config(128, 64, 8, 3), _ALL),
-        (Config(64, 64, 4, 3), _ALL),
+        (Config(64, 64, 4, 3), _NEW),
         (Config(128, 32, 8, 3), _ALL),
     ),
     ("forward", 128, 16): (
         (Config(128, 64, 8, 3), (90,)),
-        (Config(128, 32, 8, 2), _ALL),
+        (Config(128, 32, 8, 2), _BIG),
         (Config(64, 64, 8, 2), _ALL),
     ),
-    ("forward", 256, 16): (
-        (Config(128, 64, 8, 2), (100,)),
-        (Config(64, 64, 8, 2), (80, 100)),
-        (Config(64, 32, 8, 2), _ALL),
-    ),
+    ("forward", 256, 16): ((Config(64, 32, 8, 2), _ALL),),
     ("keys", 64, 16): (
-        (Config(64, 64, 8, 2), _ALL),
+        (Config(64, 64, 8, 2), (90, 100, 120)),
         (Config(32, 128, 8, 2), _ALL),
         (Config(32, 64, 4, 2), _ALL),
     ),
@@ -73,9 +69,18 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
     ),
     ("forward", 64, 32): ((Config(64, 32, 8, 1), _ALL), (Config(32, 32, 8, 1), _ALL)),
     ("forward", 128, 32): ((Config(32, 32, 8, 1), _ALL),),
-    ("forward", 256, 32): ((Config(16, 16, 8, 1), _ALL),),
-    ("keys", 64, 32): ((Config(32, 32, 8, 1), _ALL), (Config(16, 32, 4, 1), _ALL)),
-    ("keys", 128, 32): ((Config(16, 32, 8, 1), _ALL),),
+    ("forward", 256, 32): (
+        (Config(16, 32, 8, 1), (80,)),
+        (Config(16, 16, 8, 1), (90, 100, 120)),
+    ),
+    ("keys", 64, 32): (
+        (Config(32, 32, 8, 1), (90, 100, 120)),
+        (Config(16, 32, 4, 1), _ALL),
+    ),
+    ("keys", 128, 32): (
+        (Config(16, 32, 8, 2), (80,)),
+        (Config(16, 32, 8, 1), (90, 100, 120)),
+    ),
     ("keys", 256, 32): ((Config(16, 16, 8, 1), _ALL),),
     ("queries", 64, 32): ((Config(32, 32, 8, 1), _ALL),),
     ("queries", 128, 32): ((Config(32, 32, 8, 1), _ALL),),

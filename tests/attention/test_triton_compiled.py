@@ -27,6 +27,7 @@ CHOSEN: list[tuple[int, str, str, int, dict[str, Any]]] = [
     (80, "forward", "bf16", 128, {"kind": "vanilla", "windowed": True, "padded": True}),
     (80, "keys", "bf16", 128, {"kind": "vanilla", "windowed": True, "padded": True}),
     (80, "queries", "bf16", 128, {}),
+    (80, "keys", "fp32", 128, {"dlse": True}),
     (100, "forward", "bf16", 128, {}),
     (100, "queries", "bf16", 64, {}),
     (120, "forward", "bf16", 256, {"kind": "gated by element"}),
