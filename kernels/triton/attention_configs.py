@@ -67,7 +67,10 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
         (Config(64, 32, 8, 2), _BIG),
         (Config(32, 32, 8, 2), (80, 100, 120)),
     ),
-    ("forward", 64, 32): ((Config(64, 32, 8, 1), _ALL), (Config(32, 32, 8, 1), _ALL)),
+    ("forward", 64, 32): (
+        (Config(64, 32, 8, 1), (80, 90, 120)),
+        (Config(32, 32, 8, 1), _ALL),
+    ),
     ("forward", 128, 32): ((Config(32, 32, 8, 1), _ALL),),
     ("forward", 256, 32): (
         (Config(16, 32, 8, 1), (80,)),
@@ -78,8 +81,8 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[Config, tuple[int, ...]], ...]] =
         (Config(16, 32, 4, 1), _ALL),
     ),
     ("keys", 128, 32): (
-        (Config(16, 32, 8, 2), (80,)),
-        (Config(16, 32, 8, 1), (90, 100, 120)),
+        (Config(16, 32, 8, 2), (80, 100, 120)),
+        (Config(16, 16, 8, 2), (90,)),
     ),
     ("keys", 256, 32): ((Config(16, 16, 8, 1), _ALL),),
     ("queries", 64, 32): ((Config(32, 32, 8, 1), _ALL),),
