@@ -50,12 +50,15 @@ format: .venv/packages
 # A machine with a GPU brings its own torch for CUDA: PY is used as it is, and nothing is downloaded.
 # Other versions of torch may warn of other things.
 GPU := PYTHONPATH=build/gpu/site $(PY)
+# Kernels compile on the host, one core each.
+GPU_WORKERS = $(shell $(PY) -c "import xdist; print('-n 8')" 2>/dev/null)
 gpu:
 	@$(PY) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || \
 	    { echo "make gpu: $(PY) has no torch that sees a CUDA device"; exit 1; }
 	$(PY) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade \
 	    --target build/gpu/site -C build-dir=build/gpu/package .
-	$(GPU) -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $(wildcard tests/*/test_gpu*.py)
+	QUERNSTONE_AUTOTUNE=0 $(GPU) -m pytest -q -p no:cacheprovider -o filterwarnings=default \
+	    $(GPU_WORKERS) -m gpu $(wildcard tests/*/test_gpu*.py)
 	$(GPU) -m quernstone.bench.gpu --record
 
 gpu-check: .venv/built
