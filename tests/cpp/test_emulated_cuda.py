@@ -351,7 +351,10 @@ def test_empty_batches_and_no_queries(decode: Decode) -> None:
         ({"sinks": torch.zeros(3)}, r"sinks.shape\[0\]: got 3, expected q.shape\[1\] = 4"),
         ({"kind": "vanilla"}, "sinks: got a tensor"),
         ({"gate": torch.zeros(2, 4, 3)}, "gate: got a tensor"),
-        ({"k": torch.zeros(2, 2, 9, 16)}, r"k.shape\[3\] \(head width\): got 16, expected 32"),
+        (
+            {"k": torch.zeros(2, 2, 9, 16)},
+            r"k.shape\[3\] \(head width\): got 16, expected q.shape\[3\] = 32",
+        ),
         ({"k": torch.zeros(2, 3, 9, 32), "v": torch.zeros(2, 3, 9, 32)}, "a positive multiple"),
         ({"v": torch.zeros(2, 2, 8, 32)}, r"v.shape\[2\] \(keys\)"),
         ({"v": torch.zeros(2, 2, 9, 32, dtype=torch.float16)}, "v.dtype"),
