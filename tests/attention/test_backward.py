@@ -10,15 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from quernstone.attention import reference, sink_attention
 
-from . import oracles
+from . import oracles, tolerances
 from .cases import DTYPES, KINDS, PADDINGS, Case, split
 from .gradients import call_errors, errors, ours
-from .tolerances import U_BF16, relative_error
+from .tolerances import relative_error
 
-# The promise, for any kind, mask and gate.
-FP32 = 2e-6
-# Output, incoming gradient and result are rounded to bf16 once each.
-BF16 = 3 * U_BF16
+FP32 = tolerances.gradient(torch.float32)
+BF16 = tolerances.gradient(torch.bfloat16)
 
 
 def assert_small(found: dict[str, float], label: str, allowed: float = FP32) -> None:
