@@ -136,29 +136,36 @@ def _expected(case: AttentionCase) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _expected_gradients(case: AttentionCase, balance: float) -> dict[str, Tensor]:
-    x = case.inputs()
-    leaves = x._replace(**{name: tensor.double() for name, tensor in x._asdict().items()})
-    wanted = trained(case, leaves)
-    with _all_threads(), torch.enable_grad():
-        dimportance = _balance_gradient(case, leaves, balance) if balance else None
-        start, dout = 0, case.incoming().double()
-        sums = {name: torch.zeros_like(leaf) for name, leaf in wanted.items()}
+    x = Inputs(*(tensor.double() for tensor in case.inputs()))
+    with _all_threads():
+        dimportance = _balance_gradient(case, x, balance) if balance else None
+        return gradients_in_blocks(case, x, case.incoming().double(), dimportance)
 
-        def add(*tensors: Tensor, **keywords: Any) -> Tensor:
-            nonlocal start
-            out, aux = _both(*tensors, **keywords)
-            stop = start + out.shape[2]
-            results, incoming = [out], [dout[:, :, start:stop]]
-            if dimportance is not None:
-                results.append(aux.importance)
-                incoming.append(dimportance * out.shape[2] / case.queries)
-            gradients = torch.autograd.grad(results, list(wanted.values()), incoming)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total += gradient
-            start = stop
-            return out.detach()
 
-        in_blocks(add, case, leaves)
+def gradients_in_blocks(
+    case: AttentionCase, x: Inputs, dout: Tensor, dimportance: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The reference's gradients of x, in fp64, summed over blocks of query rows."""
+    wanted = trained(case, x)
+    sums = {name: torch.zeros_like(leaf) for name, leaf in wanted.items()}
+    start = 0
+
+    def add(*tensors: Tensor, **keywords: Any) -> Tensor:
+        nonlocal start
+        out, aux = _both(*tensors, **keywords)
+        stop = start + out.shape[2]
+        results, incoming = [out], [dout[:, :, start:stop]]
+        if dimportance is not None:
+            results.append(aux.importance)
+            incoming.append(dimportance * out.shape[2] / case.queries)
+        gradients = torch.autograd.grad(results, list(wanted.values()), incoming)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += gradient
+        start = stop
+        return out.detach()
+
+    with torch.enable_grad():
+        in_blocks(add, case, x)
     return sums
 
 
@@ -182,9 +189,10 @@ def _balance_gradient(case: AttentionCase, x: Inputs, weight: float) -> Tensor:
 
     with torch.no_grad():
         in_blocks(add, case, x)
-    importance.requires_grad_()
-    loss = weight * case.heads * importance.var(correction=0) / importance.mean() ** 2
-    (gradient,) = torch.autograd.grad(loss, importance)
+    with torch.enable_grad():
+        importance.requires_grad_()
+        loss = weight * case.heads * importance.var(correction=0) / importance.mean() ** 2
+        (gradient,) = torch.autograd.grad(loss, importance)
     return gradient
 
 

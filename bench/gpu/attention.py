@@ -16,11 +16,11 @@ from torch import Tensor
 from quernstone.attention import reference, sink_attention
 from quernstone.bench.cases.attention import (
     GRADIENT_TOLERANCE,
-    REFERENCE_ROWS,
     TOLERANCE,
     AttentionCase,
     Inputs,
     arguments,
+    gradients_in_blocks,
     in_blocks,
     relative_error,
     trained,
@@ -222,20 +222,7 @@ def _expected(case: AttentionCase, x: Inputs, dout: Tensor, step: bool, *, plain
     few = Inputs(*(tensor.double() for tensor in few))
     if not step:
         return (in_blocks(reference.sink_attention, case, few),)
-    wanted = trained(case, few)
-    sums = [torch.zeros_like(leaf) for leaf in wanted.values()]
-    incoming = iter(dout[:1, :heads].double().split(REFERENCE_ROWS, dim=2))
-
-    def add(*tensors: Tensor, **keywords: object) -> Tensor:
-        out = reference.sink_attention(*tensors, **keywords)  # type: ignore[arg-type]
-        assert isinstance(out, Tensor)
-        found = torch.autograd.grad(out, list(wanted.values()), next(incoming))
-        for total, gradient in zip(sums, found, strict=True):
-            total += gradient
-        return out.detach()
-
-    in_blocks(add, case, few)
-    return tuple(sums)
+    return tuple(gradients_in_blocks(case, few, dout[:1, :heads].double()).values())
 
 
 def _error(results: Results, expected: Results, case: AttentionCase) -> float:

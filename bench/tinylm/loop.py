@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ def same_bits(threads: int) -> Iterator[None]:
         filling.fill_uninitialized_memory = filled
 
 
-class Loop:
+class Loop(ABC):
     """Trains `trained` by AdamW step after step; `save` and `load` go on where another stopped.
 
     Args:
@@ -114,9 +115,9 @@ class Loop:
         """[step, loss, CV, mean gate] of the training batches."""
         self._recent: list[list[float]] = []
 
+    @abstractmethod
     def loss(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The loss of a step's batch in nats, and the importance [l, h], both with gradients."""
-        raise NotImplementedError
 
     def objective(self, step: int) -> tuple[Tensor, list[float]]:
         """What is minimised, with its gradient, and the figures of the curve."""

@@ -67,64 +67,19 @@ class _Call:
         return (0, 0, 0) if self.gate is None else self.gate.stride()[:3]
 
 
-def sink_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str = "sink",
-    sinks: Tensor | None = None,
-    gate: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    key_start: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-) -> Tensor:
-    call = _prepare(q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, None)
-    return _forward(call, aux=False, training=False)[0]
+def sink_attention(*call: Any) -> Tensor:
+    return _forward(_prepare(*call), aux=False, training=False)[0]
 
 
-def sink_attention_aux(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str = "sink",
-    sinks: Tensor | None = None,
-    gate: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    key_start: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = _prepare(
-        q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, token_mask
-    )
-    out, lse, importance, _ = _forward(call, aux=True, training=False)
+def sink_attention_aux(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, importance, _ = _forward(_prepare(*call), aux=True, training=False)
     assert lse is not None
     assert importance is not None
     return out, lse, importance
 
 
-def sink_attention_training(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str = "sink",
-    sinks: Tensor | None = None,
-    gate: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    key_start: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _prepare(
-        q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, token_mask
-    )
-    out, lse, importance, gate_logit = _forward(call, aux=True, training=True)
+def sink_attention_training(*call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse, importance, gate_logit = _forward(_prepare(*call), aux=True, training=True)
     assert lse is not None
     assert importance is not None
     assert gate_logit is not None
@@ -138,41 +93,31 @@ def sink_attention_backward(
     out: Tensor,
     lse: Tensor,
     gate_logit: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str,
-    sinks: Tensor | None,
-    gate: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    key_start: Tensor | None,
-    key_lengths: Tensor | None,
-    token_mask: Tensor | None,
+    *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _prepare(
-        q, k, v, kind, sinks, gate, causal, window, scale, key_start, key_lengths, token_mask
-    )
+    prepared = _prepare(*call)
+    q, kind = call[0], call[3]
     checks.check_incoming(q, kind, dout, dlse, dimportance, out, lse, gate_logit)
     with _on(q):
-        return _backward(call, dout, dlse, dimportance, out, lse, gate_logit)
+        return _backward(prepared, dout, dlse, dimportance, out, lse, gate_logit)
 
 
 def _prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kind: str,
-    sinks: Tensor | None,
-    gate: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-    key_start: Tensor | None,
-    key_lengths: Tensor | None,
-    token_mask: Tensor | None,
+    kind: str = "sink",
+    sinks: Tensor | None = None,
+    gate: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    key_start: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> _Call:
+    """The arguments of an operator; torch leaves out those that are at the end of its call and have
+    their default."""
     padding = (key_start, key_lengths)
     checks.check_call(q, k, v, kind, sinks, gate, window, scale, *padding, token_mask, DTYPES)
     t, s = q.shape[2], k.shape[2]
