@@ -64,6 +64,8 @@ def _worktree(root: Path, ref: str, folder: Path) -> Iterator[Path]:
 
 def _build(source: Path, site: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    # Its rows are the CPU's.
+    pip += ["-C", "cmake.define.QS_CUDA=OFF"]
     _run([*pip, "--target", str(site), str(source)], "build the other commit")
     shutil.rmtree(site / "quernstone" / "bench", ignore_errors=True)
     shutil.copytree(

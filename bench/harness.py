@@ -206,9 +206,8 @@ class Measure:
         scale = PER_SECOND[unit]
         self._set(Spread.of(own).scaled(scale))
         for name in peers:
-            self._rival(name, [t / calls for t in times[name]], own, scale)
-        ratios = [r.ratio for r in row.rivals.values() if r.ratio is not None]
-        row.ratio = min(ratios) if ratios else None
+            row.rivals[name].pair([t / calls for t in times[name]], own, scale)
+        row.rank()
         if limit is not None and work is not None:
             rates = [limit.work / t for t in times["limit"]]
             row.limit = LimitResult(limit.name, quantile(rates, 0.5) / 1e9, limit.unit)
@@ -267,8 +266,7 @@ class Measure:
             top, bottom = (other, spread.median) if smaller_is_better else (spread.median, other)
             ratio = top / bottom if bottom else None
             row.rivals[name] = RivalResult(median=other, ratio=ratio)
-        ratios = [r.ratio for r in row.rivals.values() if r.ratio is not None]
-        row.ratio = min(ratios) if ratios else None
+        row.rank()
         return row
 
     def absent(self, *, what: str, unit: str, missing: Absent) -> NoReturn:
@@ -340,13 +338,6 @@ class Measure:
 
     def _set(self, spread: Spread) -> None:
         self.row.ours, self.row.p20, self.row.p80 = spread.median, spread.p20, spread.p80
-
-    def _rival(self, name: str, times: list[float], own: list[float], scale: float) -> None:
-        result = self.row.rivals[name]
-        spread = Spread.of(times).scaled(scale)
-        ratios = Spread.of([theirs / mine for theirs, mine in zip(times, own, strict=True)])
-        result.median, result.p20, result.p80 = spread.median, spread.p20, spread.p80
-        result.ratio, result.ratio_p20, result.ratio_p80 = ratios.median, ratios.p20, ratios.p80
 
 
 def _repeat(run: Run, calls: int) -> Run:

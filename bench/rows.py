@@ -43,6 +43,13 @@ class RivalResult:
     error: float | None = None
     absent: str | None = None
 
+    def pair(self, times: Sequence[float], own: Sequence[float], scale: float) -> None:
+        """Takes the seconds of the same rounds, its own and ours; `scale` makes them the unit's."""
+        spread = Spread.of(times).scaled(scale)
+        ratios = Spread.of([theirs / mine for theirs, mine in zip(times, own, strict=True)])
+        self.median, self.p20, self.p80 = spread.median, spread.p20, spread.p80
+        self.ratio, self.ratio_p20, self.ratio_p80 = ratios.median, ratios.p20, ratios.p80
+
 
 @dataclasses.dataclass
 class LimitResult:
@@ -76,6 +83,11 @@ class Row:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     work: dict[str, float] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    def rank(self) -> None:
+        """Takes the ratio to the nearest rival."""
+        ratios = [rival.ratio for rival in self.rivals.values() if rival.ratio is not None]
+        self.ratio = min(ratios) if ratios else None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

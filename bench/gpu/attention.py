@@ -168,12 +168,8 @@ def _fill(row: Row, times: dict[str, list[float]], flops: float) -> None:
     row.work = {"operations": flops, "rounds": len(own)}
     for name, result in row.rivals.items():
         if name in times:
-            theirs = Spread.of(times[name]).scaled(1e3)
-            ratios = Spread.of([a / b for a, b in zip(times[name], own, strict=True)])
-            result.median, result.p20, result.p80 = theirs.median, theirs.p20, theirs.p80
-            result.ratio, result.ratio_p20, result.ratio_p80 = ratios.median, ratios.p20, ratios.p80
-    found = [result.ratio for result in row.rivals.values() if result.ratio is not None]
-    row.ratio = min(found) if found else None
+            result.pair(times[name], own, 1e3)
+    row.rank()
     rates = [2 * SIDE**3 / seconds for seconds in times["limit"]]
     row.limit = LimitResult(f"torch.mm bf16 {SIDE}³", quantile(rates, 0.5) / 1e12, "TFLOP/s")
     shares = [flops / mine / rate for mine, rate in zip(own, rates, strict=True)]

@@ -2,17 +2,13 @@
 
 Axes: b batch, h query heads, g key heads, t queries, s keys, d head width.
 
-With A the plain attention weights of a row, D = dout . out, dL and dG the gradients of its
-log-sum-exp and its gate (of the importance over the number of tokens), the logits have
+csrc/attention/README.md derives the weight w and the shift c of each row,
 
-    dx_ij = A_ij (w_i dout_i . v_j + c_i)        dv_j = sum_i w_i A_ij dout_i
+    dx_ij = A_ij (w_i dout_i . v_j + c_i)        dv_j = sum_i w_i A_ij dout_i,
 
-    sink      w = sigmoid(L - s)    c = dL + w ((1 - w) dG - D)    ds = -sum (1 - w) (D + w dG)
-    gated     w = sigmoid(gate)     c = dL - D                     dgate = (1 - w) (D + w dG)
-    vanilla   w = 1                 c = dL - D + (1 - G) dG        the first key: less dG
-
-An element-wise gate multiplies dout beforehand; then w = 1. Where dL is 0, w goes into the exponent
-of A, and c / w takes the place of c.
+and the gradients of sinks and gates. Here an element-wise gate multiplies dout beforehand; then
+w = 1. Where the log-sum-exp has no gradient, w goes into the exponent of A, and c / w takes the
+place of c.
 
 A first kernel makes these numbers; one walks over keys for dk and dv, with every query head of the
 group, one over queries for dq. Nothing is added atomically: a call gives the same bits each time.
