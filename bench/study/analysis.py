@@ -6,8 +6,7 @@ batch that holds `labels`. Axes: b batch, l layers, h query heads, g key heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from quernstone.attention import head_report, sink_attention
-from quernstone.attention.hf import PROBE
+from quernstone.attention.hf import probed
 
 BINS = 50
 SHARES = (0.125, 0.25, 0.5)
 # Places within a sequence at which other values are set to zero, for comparison with the first.
 OTHERS = (0.25, 0.5, 0.75)
-
-Probe = Callable[..., Tensor]
-
-
-@contextmanager
-def probed(model: nn.Module, probe: Probe) -> Iterator[None]:
-    """Puts `probe(module, (q, k, v), options, mask)` in the place of `sink_attention`."""
-    modules = list(model.modules())
-    for module in modules:
-        module.__dict__[PROBE] = probe
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop(PROBE, None)
 
 
 def gate_histogram(model: nn.Module, batch: Mapping[str, Any]) -> list[float]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quernstone.attention import sink_attention
+from quernstone.attention.hf import probed
 from quernstone.bench.study import analysis
 from quernstone.bench.study.parts import Part, SmolRecipe
 from quernstone.bench.tinylm.corpus import HELD_OUT, TRAIN, documentation
@@ -97,7 +98,7 @@ def _with_importance(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
         found.append(aux.importance)
         return out
 
-    with analysis.probed(model, probe):
+    with probed(model, probe):
         loss: Tensor = model(input_ids=ids, labels=ids).loss
     return loss, torch.stack(found)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quernstone.attention import head_report, reference
+from quernstone.attention.hf import probed
 from quernstone.bench.study import (
     analysis,
     command,
@@ -193,7 +194,7 @@ def test_the_gates_are_those_whose_mean_is_the_importance(kind: str) -> None:
         seen.append(analysis._gates(qkv[0], qkv[1], aux.lse.float(), options).mean((0, 2)))
         return out.float()
 
-    with torch.no_grad(), analysis.probed(model, probe):
+    with torch.no_grad(), probed(model, probe):
         model(**batch)
     importance = head_report(model, batch, ablation=False).importance
     assert torch.stack(seen).numpy() == pytest.approx(importance, rel=1e-5)

@@ -5,6 +5,8 @@ Axes: b batch, h query heads, g key heads, t queries, s keys, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -144,6 +146,25 @@ def attention_forward(
     else:
         out = probe(module, tensors, options, mask)
     return out[..., :value_width].transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def probed(model: nn.Module, probe: Callable[..., Tensor]) -> Iterator[None]:
+    """Puts `probe(module, (q, k, v), options, mask)` in the place of `sink_attention`.
+
+    Somebody may be watching the model already; afterwards he watches again.
+    """
+    before = [(module, module.__dict__.get(PROBE)) for module in model.modules()]
+    for module, _ in before:
+        module.__dict__[PROBE] = probe
+    try:
+        yield
+    finally:
+        for module, other in before:
+            if other is None:
+                del module.__dict__[PROBE]
+            else:
+                module.__dict__[PROBE] = other
 
 
 def _resolve(

@@ -5,8 +5,7 @@ Axes: b batch, l layers, h query heads, g key heads, t queries, s keys, d head w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quernstone.attention.api import sink_attention
-from quernstone.attention.hf import PROBE
+from quernstone.attention.hf import probed
 from quernstone.attention.hf_gates import fuse_gates, unfuse_gates, unfused
 from quernstone.attention.hf_mask import KeyMask
 
@@ -333,24 +332,8 @@ def _ratio(above: _Array, below: _Array) -> _Array:
     return above / np.where(below > 0, below, 1.0)
 
 
-@contextmanager
-def _probed(model: nn.Module, probe: Callable[..., Tensor]) -> Iterator[None]:
-    # Somebody may be watching the model already.
-    before = [(module, module.__dict__.get(PROBE)) for module in model.modules()]
-    for module, _ in before:
-        module.__dict__[PROBE] = probe
-    try:
-        yield
-    finally:
-        for module, other in before:
-            if other is None:
-                del module.__dict__[PROBE]
-            else:
-                module.__dict__[PROBE] = other
-
-
 def _forward(model: nn.Module, batch: Mapping[str, Any], probe: Callable[..., Tensor]) -> Any:
-    with torch.no_grad(), _probed(model, probe):
+    with torch.no_grad(), probed(model, probe):
         return model(**batch)
 
 
