@@ -49,6 +49,13 @@ void put(float x, bf16& to) noexcept {
     to.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0U : rounded);
 }
 
+template <class T>
+void put_row(const float* from, std::int64_t d, T* to) noexcept {
+    for (std::int64_t i = 0; i < d; ++i) {
+        put(from[i], to[i]);
+    }
+}
+
 // sigmoid(x) and sigmoid(-x), each with all its digits
 struct Gate {
     float open, shut;
@@ -311,11 +318,8 @@ class Backward {
             key_block(b, g, i, row_part, scratch, dq, dk, dv);
         }
         if constexpr (kRounds) {
-            for (std::int64_t r = 0; parts_ == 1 && r < rows_; ++r) {
-                T* to = a_.dq.at(b, g * group_ + r % group_, r / group_, 0);
-                for (std::int64_t i = 0; i < e_.d; ++i) {
-                    put(dq[r * e_.d + i], to[i]);
-                }
+            if (parts_ == 1) {
+                round_queries(b, g, dq);
             }
         }
         Scratch::of_this_thread().release_large();
@@ -368,12 +372,8 @@ class Backward {
         }
         if (kRounds && parts_ == 1) {
             for (std::int64_t j = 0; j < n; ++j) {
-                T* to_k = a_.dk.at(b, g, block.begin + j, 0);
-                T* to_v = a_.dv.at(b, g, block.begin + j, 0);
-                for (std::int64_t i = 0; i < e_.d; ++i) {
-                    put(dk[j * padded_ + i], to_k[i]);
-                    put(dv[j * padded_ + i], to_v[i]);
-                }
+                put_row(dk + j * padded_, e_.d, a_.dk.at(b, g, block.begin + j, 0));
+                put_row(dv + j * padded_, e_.d, a_.dv.at(b, g, block.begin + j, 0));
             }
             return;
         }
@@ -424,26 +424,21 @@ class Backward {
         return out;
     }
 
+    void round_queries(std::int64_t b, std::int64_t g, const float* dq) const noexcept {
+        for (std::int64_t r = 0; r < rows_; ++r) {
+            put_row(dq + r * e_.d, e_.d, a_.dq.at(b, g * group_ + r % group_, r / group_, 0));
+        }
+    }
+
     // The fp32 sums of one key head to the outputs.
     void round(std::int64_t head) const noexcept {
-        if constexpr (kRounds) {
-            const std::int64_t b = head / e_.g;
-            const std::int64_t g = head % e_.g;
-            for (std::int64_t r = 0; r < rows_; ++r) {
-                T* to = a_.dq.at(b, g * group_ + r % group_, r / group_, 0);
-                for (std::int64_t i = 0; i < e_.d; ++i) {
-                    put(dq_[static_cast<std::size_t>((head * rows_ + r) * e_.d + i)], to[i]);
-                }
-            }
-            for (std::int64_t j = 0; j < e_.s; ++j) {
-                T* to_k = a_.dk.at(b, g, j, 0);
-                T* to_v = a_.dv.at(b, g, j, 0);
-                for (std::int64_t i = 0; i < e_.d; ++i) {
-                    const auto at = static_cast<std::size_t>((head * e_.s + j) * e_.d + i);
-                    put(dk_[at], to_k[i]);
-                    put(dv_[at], to_v[i]);
-                }
-            }
+        const std::int64_t b = head / e_.g;
+        const std::int64_t g = head % e_.g;
+        round_queries(b, g, dq_.get() + head * rows_ * e_.d);
+        for (std::int64_t j = 0; j < e_.s; ++j) {
+            const std::int64_t at = (head * e_.s + j) * e_.d;
+            put_row(dk_.get() + at, e_.d, a_.dk.at(b, g, j, 0));
+            put_row(dv_.get() + at, e_.d, a_.dv.at(b, g, j, 0));
         }
     }
 
