@@ -56,6 +56,18 @@ def keys_of(position, start, end, window, CAUSAL: tl.constexpr, WINDOWED: tl.con
 
 
 @triton.jit
+def counts_for_importance(row, b, row_lo, row_hi, start, token_mask, T, KIND: tl.constexpr):
+    """Whether a token has a gate (it sees a key, vanilla: beside the first) that is asked for."""
+    if KIND == VANILLA:
+        row_lo = tl.maximum(row_lo, start + 1)
+    counted = (row < T) & (row_lo < row_hi)
+    if token_mask is not None:
+        marks = tl.load(token_mask + b.to(tl.int64) * T + row, mask=row < T, other=0)
+        counted = counted & (marks != 0)
+    return counted
+
+
+@triton.jit
 def load_rows(
     base, index, stride, present, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -332,11 +344,7 @@ def _sink_attention_fwd_kernel(
     store_rows(out, local, WIDTH, inside, acc, WIDTH, D)
 
     if gate_sums is not None:
-        # Of a token that sees no key (beside the first) nobody can tell the gate.
-        counted = inside & (row_lo < row_hi)
-        if token_mask is not None:
-            marks = tl.load(token_mask + b.to(tl.int64) * T + row, mask=inside, other=0)
-            counted = counted & (marks != 0)
+        counted = counts_for_importance(row, b, row_lo, row_hi, start, token_mask, T, KIND)
         strips = tl.cdiv(T, STRIP)
         strip = block * (BLOCK_T // STRIP) + tl.arange(0, BLOCK_T // STRIP)
         sums = tl.reshape(tl.where(counted, gates, 0.0), (BLOCK_T // STRIP, STRIP))

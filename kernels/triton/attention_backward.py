@@ -25,8 +25,8 @@ from quernstone.kernels.triton.attention import (
     GATED_BY_ELEMENT,
     LOG2E,
     SINK,
-    VANILLA,
     blocks_in,
+    counts_for_importance,
     dot,
     keys_of,
     load_rows,
@@ -35,18 +35,6 @@ from quernstone.kernels.triton.attention import (
     sink_gate,
     store_rows,
 )
-
-
-@triton.jit
-def counts_for_importance(row, b, row_lo, row_hi, start, token_mask, T, KIND: tl.constexpr):
-    """Whether a token has a gate (it sees a key, vanilla: beside the first) that is asked for."""
-    if KIND == VANILLA:
-        row_lo = tl.maximum(row_lo, start + 1)
-    counted = (row < T) & (row_lo < row_hi)
-    if token_mask is not None:
-        marks = tl.load(token_mask + b.to(tl.int64) * T + row, mask=row < T, other=0)
-        counted = counted & (marks != 0)
-    return counted
 
 
 @triton.jit(do_not_specialize=["T", "S", "window"])
