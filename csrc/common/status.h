@@ -38,3 +38,11 @@ constexpr Status no_memory(const char* what, std::int64_t bytes) noexcept {
 }
 
 }  // namespace quernstone
+
+// Ends the function with the status of `expression` unless that is ok.
+#define QS_TRY(expression)                                            \
+    do {                                                              \
+        if (const ::quernstone::Status qs_status = (expression); !qs_status.ok()) { \
+            return qs_status;                                         \
+        }                                                             \
+    } while (false)

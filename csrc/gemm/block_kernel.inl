@@ -1,0 +1,389 @@
+// A block of 16 rows times tokens, in the primitives of one instruction-set level.
+
+constexpr int kVectors = static_cast<int>(kRows) / kLanes;
+constexpr std::int64_t kLine = 64;       // bytes: one step of every row of a block
+constexpr std::int64_t kGroupSteps = 8;  // of 4 inputs
+// A stream longer than a page outruns the hardware's prefetcher at each page's end.
+constexpr std::int64_t kAhead = 2048;
+
+inline void fetch_ahead(const std::byte* line) {
+    _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
+}
+
+inline vi broadcast_codes(const std::int8_t* x) {
+    std::int32_t four = 0;
+    std::memcpy(&four, x, sizeof four);
+    return iset(four);
+}
+
+// Scales and zero points of int4 blocks: [group][kRows] behind the codes.
+struct Int4Block {
+    Int4Block(const Layout& layout, const std::byte* block)
+        : codes(block),
+          scales(block + layout.code_bytes()),
+          zeros(layout.zero_points ? scales + layout.scale_bytes() : nullptr),
+          groups(layout.padded_inputs() / kScaleGroup),
+          per_scale(layout.group / kScaleGroup) {}
+
+    [[nodiscard]] vf scale(std::int64_t group, int vector) const {
+        const std::byte* at = scales + 2 * (group / per_scale * kRows + vector * kLanes);
+        return vfrom_bits(ishift_left<16>(iwiden_16(at)));
+    }
+    [[nodiscard]] vf zero(std::int64_t group, int vector) const {
+        return vfrom_int(iwiden_8(zeros + group / per_scale * kRows + vector * kLanes));
+    }
+
+    const std::byte *codes, *scales, *zeros;
+    std::int64_t groups;     // of activations
+    std::int64_t per_scale;  // groups of activations that share a weight's scale
+};
+
+template <int T, int V, bool kZeros>
+inline void int4_int8_tile(const Int4Block& w, int first, const Tokens& x, std::int64_t t0,
+                           float* out) {
+    const vi nibble = iset(0x0f0f0f0f);
+    const std::byte* line = w.codes + first * kLanes * 4;
+    vf total[T][V];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            total[t][v] = vzero();
+        }
+    }
+    const std::int8_t* codes = x.codes + t0 * x.padded;
+    const std::int64_t groups = x.padded / kScaleGroup;
+    const float* scales = x.scales + t0 * groups;
+    const std::int32_t* eights = x.sums + t0 * groups;
+    for (std::int64_t g = 0; g < w.groups; ++g) {
+        vi sum[T][V];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                sum[t][v] = izero();
+            }
+        }
+#pragma GCC unroll 4
+        for (int step = 0; step < kGroupSteps; step += 2) {
+            vi low[V], high[V];
+            fetch_ahead(line);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                const vi both = iload(line + v * kLanes * 4);
+                low[v] = iand(both, nibble);
+                high[v] = iand(ishift_right<4>(both), nibble);
+            }
+            line += kLine;
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const std::int8_t* at = codes + t * x.padded + g * kScaleGroup + 4 * step;
+                const vi x_low = broadcast_codes(at);
+                const vi x_high = broadcast_codes(at + 4);
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) {
+                    sum[t][v] = dot4(dot4(sum[t][v], low[v], x_low), high[v], x_high);
+                }
+            }
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            const vf w_scale = w.scale(g, first + v);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const vf scale = vmul(w_scale, vset(scales[t * groups + g]));
+                const std::int32_t eight = eights[t * groups + g];
+                if constexpr (kZeros) {
+                    const vf shift = vmul(w.zero(g, first + v), vset(0.125F * static_cast<float>(eight)));
+                    const vf product = vsub(vfrom_int(finish4(sum[t][v])), shift);
+                    total[t][v] = vfma(product, scale, total[t][v]);
+                } else {
+                    const vi product = isub(finish4(sum[t][v]), iset(eight));
+                    total[t][v] = vfma(vfrom_int(product), scale, total[t][v]);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            vstore(out + (t0 + t) * kRows + (first + v) * kLanes, total[t][v]);
+        }
+    }
+}
+
+template <int T, int V>
+inline void int8_int8_tile(const Layout& layout, const std::byte* block, int first,
+                           const Tokens& x, std::int64_t t0, float* out) {
+    const std::byte* line = block + first * kLanes * 4;
+    vf total[T][V];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            total[t][v] = vzero();
+        }
+    }
+    const std::int8_t* codes = x.codes + t0 * x.padded;
+    const std::int64_t groups = x.padded / kScaleGroup;
+    const float* scales = x.scales + t0 * groups;
+    const std::int32_t* eights = x.sums + t0 * groups;
+    for (std::int64_t g = 0; g < groups; ++g) {
+        vi sum[T][V];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                sum[t][v] = izero();
+            }
+        }
+#pragma GCC unroll 8
+        for (int step = 0; step < kGroupSteps; ++step) {
+            fetch_ahead(line);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                const auto code = prepare8(iload(line + v * kLanes * 4));
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) {
+                    const std::int8_t* at = codes + t * x.padded + g * kScaleGroup + 4 * step;
+                    sum[t][v] = dot8(sum[t][v], code, broadcast_codes(at));
+                }
+            }
+            line += kLine;
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const vf scale = vset(scales[t * groups + g]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                const vi product = finish8(sum[t][v], iset(eights[t * groups + g]));
+                total[t][v] = vfma(vfrom_int(product), scale, total[t][v]);
+            }
+        }
+    }
+    const auto* row_scales = reinterpret_cast<const float*>(block + layout.code_bytes());
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            const int row = (first + v) * kLanes;
+            vstore(out + (t0 + t) * kRows + row, vmul(total[t][v], vload(row_scales + row)));
+        }
+    }
+}
+
+// acc[t] += w * x[t][input] for the weights w of one input
+template <int T, int V>
+inline void add_input(vf (&acc)[T][V], const vf (&w)[V], const float* x, std::int64_t stride) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+        const vf value = vset(x[t * stride]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            acc[t][v] = vfma(w[v], value, acc[t][v]);
+        }
+    }
+}
+
+// Adds the four inputs in the bytes of `words`: fields of `kBits` bits from bit `kFirst` on.
+template <int kFirst, int kMask, int T, int V>
+inline void add_bytes(vf (&acc)[T][V], const vi (&words)[V], const vf (&zero)[V], const float* x,
+                      std::int64_t stride) {
+    const vi mask = iset(kMask);
+    vf w[V];
+    const auto input = [&]<int byte>(std::integral_constant<int, byte>) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            w[v] = vsub(vfrom_int(iand(ishift_right<8 * byte + kFirst>(words[v]), mask)), zero[v]);
+        }
+        add_input(acc, w, x + byte, stride);
+    };
+    input(std::integral_constant<int, 0>{});
+    input(std::integral_constant<int, 1>{});
+    input(std::integral_constant<int, 2>{});
+    input(std::integral_constant<int, 3>{});
+}
+
+template <int T, int V>
+inline void int4_float_tile(const Int4Block& w, int first, const Tokens& x, std::int64_t t0,
+                            float* out) {
+    const std::byte* line = w.codes + first * kLanes * 4;
+    const float* values = x.values + t0 * x.padded;
+    vf total[T][V];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            total[t][v] = vzero();
+        }
+    }
+    for (std::int64_t g = 0; g < w.groups; ++g) {
+        vf sum[T][V];
+        vf zero[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            zero[v] = w.zeros != nullptr ? w.zero(g, first + v) : vset(8.0F);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                sum[t][v] = vzero();
+            }
+        }
+        for (int step = 0; step < kGroupSteps; step += 2) {
+            vi both[V];
+            fetch_ahead(line);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                both[v] = iload(line + v * kLanes * 4);
+            }
+            line += kLine;
+            add_bytes<0, 15>(sum, both, zero, values, x.padded);
+            add_bytes<4, 15>(sum, both, zero, values + 4, x.padded);
+            values += 8;
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            const vf scale = w.scale(g, first + v);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                total[t][v] = vfma(sum[t][v], scale, total[t][v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            vstore(out + (t0 + t) * kRows + (first + v) * kLanes, total[t][v]);
+        }
+    }
+}
+
+template <int T, int V>
+inline void int8_float_tile(const Layout& layout, const std::byte* block, int first,
+                            const Tokens& x, std::int64_t t0, float* out) {
+    const std::byte* line = block + first * kLanes * 4;
+    const float* values = x.values + t0 * x.padded;
+    vf sum[T][V];
+    vf zero[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+        zero[v] = vset(128.0F);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            sum[t][v] = vzero();
+        }
+    }
+    for (std::int64_t k = 0; k < x.padded; k += 4) {
+        vi words[V];
+        fetch_ahead(line);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            words[v] = iload(line + v * kLanes * 4);
+        }
+        line += kLine;
+        add_bytes<0, 255>(sum, words, zero, values + k, x.padded);
+    }
+    const auto* row_scales = reinterpret_cast<const float*>(block + layout.code_bytes());
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            const int row = (first + v) * kLanes;
+            vstore(out + (t0 + t) * kRows + row, vmul(sum[t][v], vload(row_scales + row)));
+        }
+    }
+}
+
+template <int T, int V>
+inline void bf16_float_tile(const std::byte* block, int first, const Tokens& x, std::int64_t t0,
+                            float* out) {
+    const std::byte* line = block + first * kLanes * 4;
+    const float* values = x.values + t0 * x.padded;
+    const vi upper = iset(static_cast<std::int32_t>(0xffff0000U));
+    vf even[T][V], odd[T][V];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            even[t][v] = vzero();
+            odd[t][v] = vzero();
+        }
+    }
+    for (std::int64_t k = 0; k < x.padded; k += 2) {
+        vf first_input[V], second_input[V];
+        fetch_ahead(line);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            const vi pair = iload(line + v * kLanes * 4);
+            first_input[v] = vfrom_bits(ishift_left<16>(pair));
+            second_input[v] = vfrom_bits(iand(pair, upper));
+        }
+        line += kLine;
+        add_input(even, first_input, values + k, x.padded);
+        add_input(odd, second_input, values + k + 1, x.padded);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            vstore(out + (t0 + t) * kRows + (first + v) * kLanes, vadd(even[t][v], odd[t][v]));
+        }
+    }
+}
+
+// Covers `count` tokens with tiles: tall ones, one vector of rows at a time, then what is left.
+template <class Tile>
+inline void cover(std::int64_t count, const Tile& tile) {
+    std::int64_t t = 0;
+    for (; t + kTall <= count; t += kTall) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+            tile.template operator()<kTall, 1>(v, t);
+        }
+    }
+    for (; t + kWide <= count; t += kWide) {
+        tile.template operator()<kWide, kVectors>(0, t);
+    }
+    for (; t < count; ++t) {
+        tile.template operator()<1, kVectors>(0, t);
+    }
+}
+
+void int4_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    const Int4Block w(layout, block);
+    if (layout.zero_points) {
+        cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
+            int4_int8_tile<T, V, true>(w, first, x, t, out);
+        });
+    } else {
+        cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
+            int4_int8_tile<T, V, false>(w, first, x, t, out);
+        });
+    }
+}
+
+void int4_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    const Int4Block w(layout, block);
+    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
+        int4_float_tile<T, V>(w, first, x, t, out);
+    });
+}
+
+void int8_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
+        int8_int8_tile<T, V>(layout, block, first, x, t, out);
+    });
+}
+
+void int8_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
+        int8_float_tile<T, V>(layout, block, first, x, t, out);
+    });
+}
+
+void bf16_float(const Layout& /*layout*/, const std::byte* block, const Tokens& x, float* out) {
+    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
+        bf16_float_tile<T, V>(block, first, x, t, out);
+    });
+}

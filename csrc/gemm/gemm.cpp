@@ -1,0 +1,82 @@
+#include "gemm/gemm.h"
+
+#include <algorithm>
+#include <array>
+
+#include "common/cpu.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "gemm/tokens.h"
+
+namespace quernstone::gemm {
+
+const Kernels& active_kernels() noexcept {
+#if defined(QS_HAVE_X86)
+    switch (active_isa()) {
+        case Isa::kBaseline:
+            return baseline::kKernels;
+        case Isa::kAvx2:
+            return avx2::kKernels;
+        case Isa::kAvx512:
+            return avx512::kKernels;
+        case Isa::kAvx512Bf16Vnni:
+            return avx512_bf16_vnni::kKernels;
+    }
+#endif
+    return baseline::kKernels;
+}
+
+Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<float, 2> out,
+                int threads) noexcept {
+    const Layout& layout = w.layout;
+    QS_TRY(check(layout));
+    const std::int64_t tokens = x.extent[0];
+    if (x.extent[1] != layout.inputs) {
+        return invalid("x.shape[1]", x.extent[1], "", layout.inputs);
+    }
+    if (out.extent[0] != tokens) {
+        return invalid("out.shape[0]", out.extent[0], "", tokens);
+    }
+    if (out.extent[1] != layout.rows) {
+        return invalid("out.shape[1]", out.extent[1], "", layout.rows);
+    }
+    if (compute == Compute::kInt8 && layout.format == Format::kBf16) {
+        return invalid("compute", "int8", "float with bf16 weights");
+    }
+    if (tokens == 0) {
+        return {};
+    }
+    const std::int64_t padded = layout.padded_inputs();
+    const std::size_t bytes = TokenRoom::bytes(tokens, padded, compute);
+    Scratch& scratch = Scratch::of_this_thread();
+    std::byte* memory = scratch.reserve(bytes);
+    if (memory == nullptr) {
+        return no_memory("activations", static_cast<std::int64_t>(bytes));
+    }
+    const Kernels& kernels = active_kernels();
+    const BlockTimesTokens product = kernels.pick(layout.format, compute);
+    const TokenRoom room(memory, tokens, padded, compute);
+    parallel_for(tokens, tokens * padded < 16384 ? 1 : threads, [&](std::int64_t t) noexcept {
+        room.put(kernels, t, 0, x.at(t, 0), layout.inputs);
+        room.put_zeros(t, (layout.inputs + kScaleGroup - 1) / kScaleGroup * kScaleGroup);
+    });
+    const std::int64_t blocks = layout.blocks();
+    const std::int64_t run = std::max<std::int64_t>(1, blocks / (std::int64_t{16} * threads));
+    parallel_for((blocks + run - 1) / run, threads, [&](std::int64_t task) noexcept {
+        alignas(kAlign) std::array<float, kTokenChunk * kRows> tile;
+        for (std::int64_t b = task * run; b < std::min(blocks, (task + 1) * run); ++b) {
+            const std::int64_t rows = std::min(kRows, layout.rows - b * kRows);
+            for (std::int64_t t0 = 0; t0 < tokens; t0 += kTokenChunk) {
+                const std::int64_t count = std::min(kTokenChunk, tokens - t0);
+                product(layout, w.block(b), room.part(t0, count), tile.data());
+                for (std::int64_t t = 0; t < count; ++t) {
+                    std::copy_n(tile.data() + t * kRows, rows, out.at(t0 + t, b * kRows));
+                }
+            }
+        }
+    });
+    scratch.release_large();
+    return {};
+}
+
+}  // namespace quernstone::gemm

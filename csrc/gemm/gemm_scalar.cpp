@@ -1,0 +1,168 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "gemm/kernel.h"
+
+// Every level's arithmetic, one number at a time: the integers are the same, the floats are
+// rounded after the product too.
+namespace quernstone::gemm::baseline {
+namespace {
+
+using Row = std::array<float, kRows>;
+
+float from_bf16(const std::byte* at) {
+    std::uint16_t half = 0;
+    std::memcpy(&half, at, sizeof half);
+    const std::uint32_t bits = std::uint32_t{half} << 16;
+    float value = 0.0F;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Line by line: 16 rows of 4 bytes. A byte holds inputs 8 line + b and 8 line + b + 4.
+int int4_code(const std::byte* codes, std::int64_t row, std::int64_t input) {
+    const std::byte both = codes[input / 8 * 64 + row * 4 + input % 4];
+    return std::to_integer<int>(input % 8 < 4 ? both & std::byte{15} : both >> 4);
+}
+
+int int8_code(const std::byte* codes, std::int64_t row, std::int64_t input) {
+    return std::to_integer<int>(codes[input / 4 * 64 + row * 4 + input % 4]) - 128;
+}
+
+struct Int4 {
+    Int4(const Layout& layout, const std::byte* block)
+        : codes(block),
+          scales(block + layout.code_bytes()),
+          zeros(layout.zero_points ? scales + layout.scale_bytes() : nullptr),
+          group(layout.group) {}
+    [[nodiscard]] float scale(std::int64_t row, std::int64_t input) const {
+        return from_bf16(scales + 2 * (input / group * kRows + row));
+    }
+    [[nodiscard]] int zero(std::int64_t row, std::int64_t input) const {
+        return zeros == nullptr ? 8 : std::to_integer<int>(zeros[input / group * kRows + row]);
+    }
+    const std::byte *codes, *scales, *zeros;
+    std::int64_t group;
+};
+
+// out[t][row] = sum over groups of (integer product of a group) * weight(row, group) * scale(t, group)
+template <class Code, class Weight>
+void integer_product(const Tokens& x, float* out, const Code& code, const Weight& weight) {
+    const std::int64_t groups = x.padded / kScaleGroup;
+    for (std::int64_t t = 0; t < x.count; ++t) {
+        for (std::int64_t row = 0; row < kRows; ++row) {
+            float total = 0.0F;
+            for (std::int64_t g = 0; g < groups; ++g) {
+                std::int32_t sum = 0;
+                for (std::int64_t k = g * kScaleGroup; k < (g + 1) * kScaleGroup; ++k) {
+                    sum += code(row, k) * x.codes[t * x.padded + k];
+                }
+                total += static_cast<float>(sum) *
+                         (weight(row, g * kScaleGroup) * x.scales[t * groups + g]);
+            }
+            out[t * kRows + row] = total;
+        }
+    }
+}
+
+template <class Weight>
+void float_product(const Tokens& x, float* out, const Weight& weight) {
+    std::fill_n(out, x.count * kRows, 0.0F);
+    for (std::int64_t k = 0; k < x.padded; ++k) {
+        Row w{};
+        for (std::int64_t row = 0; row < kRows; ++row) {
+            w[static_cast<std::size_t>(row)] = weight(row, k);
+        }
+        for (std::int64_t t = 0; t < x.count; ++t) {
+            const float value = x.values[t * x.padded + k];
+            for (std::int64_t row = 0; row < kRows; ++row) {
+                out[t * kRows + row] += w[static_cast<std::size_t>(row)] * value;
+            }
+        }
+    }
+}
+
+void int4_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    const Int4 w(layout, block);
+    integer_product(
+        x, out,
+        [&](std::int64_t row, std::int64_t k) { return int4_code(w.codes, row, k) - w.zero(row, k); },
+        [&](std::int64_t row, std::int64_t k) { return w.scale(row, k); });
+}
+
+void int4_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    const Int4 w(layout, block);
+    float_product(x, out, [&](std::int64_t row, std::int64_t k) {
+        return static_cast<float>(int4_code(w.codes, row, k) - w.zero(row, k)) * w.scale(row, k);
+    });
+}
+
+void scale_rows(const Layout& layout, const std::byte* block, std::int64_t tokens, float* out) {
+    const auto* scales = reinterpret_cast<const float*>(block + layout.code_bytes());
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t row = 0; row < kRows; ++row) {
+            out[t * kRows + row] *= scales[row];
+        }
+    }
+}
+
+void int8_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    integer_product(
+        x, out, [&](std::int64_t row, std::int64_t k) { return int8_code(block, row, k); },
+        [](std::int64_t, std::int64_t) { return 1.0F; });
+    scale_rows(layout, block, x.count, out);
+}
+
+void int8_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+    float_product(x, out, [&](std::int64_t row, std::int64_t k) {
+        return static_cast<float>(int8_code(block, row, k));
+    });
+    scale_rows(layout, block, x.count, out);
+}
+
+void bf16_float(const Layout& /*layout*/, const std::byte* block, const Tokens& x, float* out) {
+    float_product(x, out, [&](std::int64_t row, std::int64_t k) {
+        return from_bf16(block + k / 2 * 64 + row * 4 + k % 2 * 2);
+    });
+}
+
+void quantize(const float* x, std::int64_t n, std::int64_t padded, std::int8_t* codes,
+              float* scales, std::int32_t* sums) {
+    for (std::int64_t g = 0; g < padded / kScaleGroup; ++g) {
+        const std::int64_t begin = g * kScaleGroup;
+        const std::int64_t end = std::min(begin + kScaleGroup, n);
+        float most = 0.0F;
+        bool finite = true;
+        for (std::int64_t k = begin; k < end; ++k) {
+            finite = finite && std::isfinite(x[k]);
+            most = std::max(most, std::fabs(x[k]));
+        }
+        scales[g] = finite ? most * (1.0F / 127.0F) : std::numeric_limits<float>::quiet_NaN();
+        const float inverse = finite && most > 1e-36F ? 127.0F / most : 0.0F;
+        std::int32_t sum = 0;
+        for (std::int64_t k = begin; k < begin + kScaleGroup; ++k) {
+            const float value = finite && k < end ? x[k] * inverse : 0.0F;
+            const auto code = static_cast<std::int32_t>(std::nearbyint(value));
+            codes[k] = static_cast<std::int8_t>(code);
+            sum += code;
+        }
+        sums[g] = 8 * sum;
+    }
+}
+
+void silu_multiply(float* gate, const float* up, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float e = std::exp(-std::fabs(gate[i]));
+        gate[i] = gate[i] * ((gate[i] < 0.0F ? e : 1.0F) / (1.0F + e)) * up[i];
+    }
+}
+
+}  // namespace
+
+const Kernels kKernels{bf16_float, int8_float, int8_int8, int4_float,
+                       int4_int8,  quantize,   silu_multiply};
+
+}  // namespace quernstone::gemm::baseline

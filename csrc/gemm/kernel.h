@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cstdint>
+
+#include "gemm/gemm.h"
+
+// What an instruction-set level gives: a block of weights times any number of tokens.
+namespace quernstone::gemm {
+
+// Tokens as a level wants them, made by Kernel::convert: codes of int8 with a scale per
+// kScaleGroup inputs, or fp32. Inputs beyond `inputs` are 0 up to `padded`.
+struct Tokens {
+    const std::int8_t* codes;  // [t, padded]
+    const float* scales;       // [t, padded / kScaleGroup]
+    // Eight times the sum of a group's codes: what the offset 8 of a nibble adds to its product.
+    const std::int32_t* sums;  // as scales
+    const float* values;       // [t, padded]
+    std::int64_t padded;
+    std::int64_t count;
+};
+
+// Writes out[t][0..kRows) for every token: t rows of kRows floats, row by row.
+using BlockTimesTokens = void (*)(const Layout& layout, const std::byte* block, const Tokens& x,
+                                  float* out);
+
+struct Kernels {
+    BlockTimesTokens bf16_float, int8_float, int8_int8, int4_float, int4_int8;
+    // One token to codes, scales and sums; inputs beyond n count as 0.
+    void (*quantize)(const float* x, std::int64_t n, std::int64_t padded, std::int8_t* codes,
+                     float* scales, std::int32_t* sums);
+    // silu(gate) * up, element by element, in place of gate
+    void (*silu_multiply)(float* gate, const float* up, std::int64_t n);
+
+    [[nodiscard]] constexpr BlockTimesTokens pick(Format format, Compute compute) const noexcept {
+        switch (format) {
+            case Format::kBf16:
+                return bf16_float;
+            case Format::kInt8:
+                return compute == Compute::kInt8 ? int8_int8 : int8_float;
+            case Format::kInt4:
+                return compute == Compute::kInt8 ? int4_int8 : int4_float;
+        }
+        return nullptr;
+    }
+};
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16_vnni {
+extern const Kernels kKernels;
+}
+
+[[nodiscard]] const Kernels& active_kernels() noexcept;
+
+}  // namespace quernstone::gemm

@@ -1,0 +1,299 @@
+#include "moe/experts.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "gemm/tokens.h"
+
+namespace quernstone::moe {
+namespace {
+
+using gemm::Compute;
+using gemm::kRows;
+using gemm::kScaleGroup;
+using gemm::kTokenChunk;
+using gemm::Layout;
+using gemm::TokenRoom;
+
+constexpr std::int64_t kUnit = kScaleGroup;  // feed-forward rows that one task makes together
+constexpr std::int64_t kTasksPerThread = 12;
+
+struct Assignment {
+    std::int64_t token;
+    float weight;
+};
+
+// The tokens of one expert: assignments begin..begin + count.
+struct Active {
+    std::int64_t expert, begin, count;
+};
+
+struct Counts {
+    std::int64_t tokens, choices, assignments;
+};
+
+Status check_ids(const Experts& experts, const ForwardArgs& a, Counts& counts) noexcept {
+    counts.assignments = 0;
+    for (std::int64_t t = 0; t < counts.tokens; ++t) {
+        for (std::int64_t c = 0; c < counts.choices; ++c) {
+            const std::int64_t id = *a.ids.at(t, c);
+            if (id < -1 || id >= experts.count) {
+                return invalid("ids", id, "-1 to", experts.count - 1);
+            }
+            for (std::int64_t before = 0; id >= 0 && before < c; ++before) {
+                if (*a.ids.at(t, before) == id) {
+                    return invalid("ids: an expert twice for one token", id, "different experts");
+                }
+            }
+            counts.assignments += id >= 0 ? 1 : 0;
+        }
+    }
+    return {};
+}
+
+// One call: its memory, cut out of the thread's scratch, and its two phases.
+class Forward {
+   public:
+    Forward(const Experts& experts, const ForwardArgs& args, const Counts& counts,
+            int threads) noexcept
+        : e_(experts),
+          a_(args),
+          n_(counts),
+          threads_(threads),
+          gate_(experts.gate()),
+          down_(experts.down()),
+          kernels_(gemm::active_kernels()),
+          product_(kernels_.pick(experts.format, args.compute)) {}
+
+    Status run() noexcept {
+        Scratch& scratch = Scratch::of_this_thread();
+        const std::size_t bytes = lay_out(nullptr);
+        std::byte* memory = scratch.reserve(bytes);
+        if (memory == nullptr) {
+            return no_memory("activations", static_cast<std::int64_t>(bytes));
+        }
+        lay_out(memory);
+        group_by_expert();
+        take_inputs();
+        feed_forward();
+        project();
+        scratch.release_large();
+        return {};
+    }
+
+   private:
+    // Cuts `memory` into the parts of a call, and returns how much that takes.
+    std::size_t lay_out(std::byte* memory) noexcept {
+        std::size_t used = 0;
+        const auto cut = [&](std::size_t bytes) {
+            std::byte* at = memory == nullptr ? nullptr : memory + used;
+            used += (bytes + gemm::kAlign - 1) / gemm::kAlign * gemm::kAlign;
+            return at;
+        };
+        const auto room = [&](std::int64_t count, std::int64_t padded) {
+            return TokenRoom(cut(TokenRoom::bytes(count, padded, a_.compute)), count, padded,
+                             a_.compute);
+        };
+        const auto some = static_cast<std::size_t>(n_.assignments);
+        assignments_ = reinterpret_cast<Assignment*>(cut(some * sizeof(Assignment)));
+        active_ = reinterpret_cast<Active*>(cut(some * sizeof(Active)));
+        starts_ = reinterpret_cast<std::int64_t*>(
+            cut(static_cast<std::size_t>(e_.count + 1) * sizeof(std::int64_t)));
+        const std::int64_t wide = gate_.padded_inputs();
+        tokens_ = room(n_.tokens, wide);
+        // One token is every expert's only input; more are gathered by expert.
+        inputs_ = n_.tokens == 1 ? tokens_ : room(n_.assignments, wide);
+        inner_ = room(n_.assignments, down_.padded_inputs());
+        return used;
+    }
+
+    void group_by_expert() noexcept {
+        std::fill_n(starts_, e_.count + 1, 0);
+        each_choice([&](std::int64_t, std::int64_t, std::int64_t id) { ++starts_[id + 1]; });
+        active_count_ = 0;
+        for (std::int64_t id = 0; id < e_.count; ++id) {
+            const std::int64_t begin = starts_[id];
+            const std::int64_t count = starts_[id + 1];
+            if (count > 0) {
+                active_[active_count_++] = {id, begin, count};
+            }
+            starts_[id + 1] = begin + count;
+        }
+        each_choice([&](std::int64_t t, std::int64_t c, std::int64_t id) {
+            assignments_[starts_[id]++] = {t, *a_.weights.at(t, c)};
+        });
+    }
+
+    template <class Body>
+    void each_choice(const Body& body) const noexcept {
+        for (std::int64_t t = 0; t < n_.tokens; ++t) {
+            for (std::int64_t c = 0; c < n_.choices; ++c) {
+                if (const std::int64_t id = *a_.ids.at(t, c); id >= 0) {
+                    body(t, c, id);
+                }
+            }
+        }
+    }
+
+    void take_inputs() const noexcept {
+        const int threads = n_.tokens * e_.hidden < 16384 ? 1 : threads_;
+        const std::int64_t end = (e_.hidden + kScaleGroup - 1) / kScaleGroup * kScaleGroup;
+        parallel_for(n_.tokens, threads, [&](std::int64_t t) noexcept {
+            tokens_.put(kernels_, t, 0, a_.x.at(t, 0), e_.hidden);
+            tokens_.put_zeros(t, end);
+        });
+        if (n_.tokens > 1) {
+            parallel_for(n_.assignments, threads, [&](std::int64_t i) noexcept {
+                inputs_.copy(i, tokens_, assignments_[i].token);
+            });
+        }
+    }
+
+    [[nodiscard]] gemm::Tokens inputs(std::int64_t begin, std::int64_t count) const noexcept {
+        return inputs_.part(n_.tokens == 1 ? 0 : begin, count);
+    }
+
+    [[nodiscard]] const std::byte* expert(std::int64_t id) const noexcept {
+        return e_.data + id * e_.expert_bytes();
+    }
+
+    // silu(gate x) * (up x), kept as the input of down.
+    void feed_forward() const noexcept {
+        const std::int64_t units = (e_.intermediate + kUnit - 1) / kUnit;
+        const std::int64_t all = units * active_count_;
+        const std::int64_t run = std::max<std::int64_t>(1, all / (kTasksPerThread * threads_));
+        parallel_for((all + run - 1) / run, threads_, [&](std::int64_t task) noexcept {
+            for (std::int64_t i = task * run; i < std::min(all, (task + 1) * run); ++i) {
+                make_unit(active_[i / units], i % units, i % units == units - 1);
+            }
+        });
+    }
+
+    void make_unit(const Active& active, std::int64_t unit, bool last) const noexcept {
+        alignas(gemm::kAlign) std::array<float, kTokenChunk * kRows> gate, up;
+        alignas(gemm::kAlign) std::array<float, kTokenChunk * kUnit> inner;
+        const std::int64_t first = unit * kUnit;
+        const std::int64_t rows = std::min(kUnit, e_.intermediate - first);
+        const std::int64_t block_bytes = gate_.block_bytes();
+        for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
+            const std::int64_t count = std::min(kTokenChunk, active.count - t0);
+            const gemm::Tokens x = inputs(active.begin + t0, count);
+            for (std::int64_t part = 0; part < rows; part += kRows) {
+                const std::byte* pair =
+                    expert(active.expert) + (first + part) / kRows * 2 * block_bytes;
+                product_(gate_, pair, x, gate.data());
+                product_(gate_, pair + block_bytes, x, up.data());
+                kernels_.silu_multiply(gate.data(), up.data(), count * kRows);
+                for (std::int64_t t = 0; t < count; ++t) {
+                    std::copy_n(gate.data() + t * kRows, kRows, inner.data() + t * kUnit + part);
+                }
+            }
+            for (std::int64_t t = 0; t < count; ++t) {
+                const std::int64_t at = active.begin + t0 + t;
+                inner_.put(kernels_, at, first, inner.data() + t * kUnit, rows);
+                if (last) {
+                    inner_.put_zeros(at, first + kUnit);
+                }
+            }
+        }
+    }
+
+    // out += weight * down(inner), a run of output blocks at a time, expert after expert.
+    void project() const noexcept {
+        const std::int64_t blocks = down_.blocks();
+        const std::int64_t run = std::max<std::int64_t>(1, blocks / (kTasksPerThread * threads_));
+        parallel_for((blocks + run - 1) / run, threads_, [&](std::int64_t task) noexcept {
+            const std::int64_t begin = task * run;
+            const std::int64_t end = std::min(blocks, begin + run);
+            const std::int64_t row = begin * kRows;
+            const std::int64_t rows = std::min(e_.hidden, end * kRows) - row;
+            for (std::int64_t t = 0; t < n_.tokens; ++t) {
+                std::fill_n(a_.out.at(t, row), rows, 0.0F);
+            }
+            for (std::int64_t i = 0; i < active_count_; ++i) {
+                for (std::int64_t b = begin; b < end; ++b) {
+                    add_block(active_[i], b);
+                }
+            }
+        });
+    }
+
+    void add_block(const Active& active, std::int64_t b) const noexcept {
+        alignas(gemm::kAlign) std::array<float, kTokenChunk * kRows> tile;
+        const std::byte* block = expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes();
+        const std::int64_t rows = std::min(kRows, e_.hidden - b * kRows);
+        for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
+            const std::int64_t count = std::min(kTokenChunk, active.count - t0);
+            product_(down_, block, inner_.part(active.begin + t0, count), tile.data());
+            for (std::int64_t t = 0; t < count; ++t) {
+                const Assignment& to = assignments_[active.begin + t0 + t];
+                float* out = a_.out.at(to.token, b * kRows);
+                for (std::int64_t r = 0; r < rows; ++r) {
+                    out[r] += to.weight * tile[static_cast<std::size_t>(t * kRows + r)];
+                }
+            }
+        }
+    }
+
+    const Experts& e_;
+    const ForwardArgs& a_;
+    Counts n_;
+    int threads_;
+    Layout gate_, down_;
+    const gemm::Kernels& kernels_;
+    gemm::BlockTimesTokens product_;
+
+    Assignment* assignments_ = nullptr;  // by expert, then by token
+    Active* active_ = nullptr;
+    std::int64_t active_count_ = 0;
+    std::int64_t* starts_ = nullptr;  // [e + 1]
+    TokenRoom tokens_, inputs_, inner_;
+};
+
+}  // namespace
+
+Status check(const Experts& experts) noexcept {
+    if (experts.count < 1 || experts.count > kMaxExperts) {
+        return invalid("experts", experts.count, "1 to", kMaxExperts);
+    }
+    QS_TRY(gemm::check(experts.gate()));
+    return gemm::check(experts.down());
+}
+
+void place(const Experts& experts, const std::byte* gate, const std::byte* up,
+           const std::byte* down, std::byte* to) noexcept {
+    const Layout layout = experts.gate();
+    const auto block = static_cast<std::size_t>(layout.block_bytes());
+    for (std::int64_t b = 0; b < layout.blocks(); ++b) {
+        std::memcpy(to, gate, block);
+        std::memcpy(to + block, up, block);
+        gate += block;
+        up += block;
+        to += 2 * block;
+    }
+    std::memcpy(to, down, static_cast<std::size_t>(experts.down().bytes()));
+}
+
+Status forward(const Experts& experts, const ForwardArgs& a, int threads) noexcept {
+    QS_TRY(check(experts));
+    Counts counts{a.x.extent[0], a.ids.extent[1], 0};
+    const auto same = [](const char* what, std::int64_t got, std::int64_t want) {
+        return got == want ? Status{} : invalid(what, got, "", want);
+    };
+    QS_TRY(same("x.shape[1]", a.x.extent[1], experts.hidden));
+    QS_TRY(same("ids.shape[0]", a.ids.extent[0], counts.tokens));
+    QS_TRY(same("weights.shape[0]", a.weights.extent[0], counts.tokens));
+    QS_TRY(same("weights.shape[1]", a.weights.extent[1], counts.choices));
+    QS_TRY(same("out.shape[0]", a.out.extent[0], counts.tokens));
+    QS_TRY(same("out.shape[1]", a.out.extent[1], experts.hidden));
+    if (a.compute == Compute::kInt8 && experts.format == gemm::Format::kBf16) {
+        return invalid("compute", "int8", "float with bf16 weights");
+    }
+    QS_TRY(check_ids(experts, a, counts));
+    return Forward(experts, a, counts, threads).run();
+}
+
+}  // namespace quernstone::moe
