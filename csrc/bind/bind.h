@@ -12,4 +12,8 @@ void raise(const Status& status);
 // Operators of one vertical with torch, and its functions of _core.
 void register_attention(pybind11::module_& core);
 
+// Functions of _core that take numpy arrays.
+void register_gemm(pybind11::module_& core);
+void register_experts(pybind11::module_& core);
+
 }  // namespace quernstone::bind
