@@ -23,19 +23,19 @@ struct Int4Block {
           scales(block + layout.code_bytes()),
           zeros(layout.zero_points ? scales + layout.scale_bytes() : nullptr),
           groups(layout.padded_inputs() / kScaleGroup),
-          per_scale(layout.group / kScaleGroup) {}
+          shift(layout.group == 32 ? 0 : layout.group == 64 ? 1 : 2) {}
 
     [[nodiscard]] vf scale(std::int64_t group, int vector) const {
-        const std::byte* at = scales + 2 * (group / per_scale * kRows + vector * kLanes);
+        const std::byte* at = scales + 2 * ((group >> shift) * kRows + vector * kLanes);
         return vfrom_bits(ishift_left<16>(iwiden_16(at)));
     }
     [[nodiscard]] vf zero(std::int64_t group, int vector) const {
-        return vfrom_int(iwiden_8(zeros + group / per_scale * kRows + vector * kLanes));
+        return vfrom_int(iwiden_8(zeros + (group >> shift) * kRows + vector * kLanes));
     }
 
     const std::byte *codes, *scales, *zeros;
-    std::int64_t groups;     // of activations
-    std::int64_t per_scale;  // groups of activations that share a weight's scale
+    std::int64_t groups;  // of activations
+    int shift;            // from a group of activations to the weights' group
 };
 
 template <int T, int V, bool kZeros>
