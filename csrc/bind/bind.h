@@ -13,6 +13,7 @@ void raise(const Status& status);
 void register_attention(pybind11::module_& core);
 
 // Functions of _core that take numpy arrays.
+void register_quant(pybind11::module_& core);
 void register_gemm(pybind11::module_& core);
 void register_experts(pybind11::module_& core);
 

@@ -77,6 +77,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def(
         "isa", [] { return std::string(isa_name(active_isa())); },
         "The instruction-set level in use.");
+    bind::register_quant(m);
     bind::register_gemm(m);
     bind::register_experts(m);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");

@@ -1,0 +1,286 @@
+"""From numbers to codes: scales, rounding with a penalty, and GPTQ's order of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quernstone.quant.scheme import Scheme
+from quernstone.quant.tensor import QTensor, by_scale, groups_of, undo_by_scale
+
+Method = Literal["rtn", "gptq"]
+# The smallest scale, of a group of zeros too: products with codes stay normal numbers.
+SMALLEST_SCALE = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """To the code whose squared error plus penalty is least.
+
+    The error counts in steps of the scale, so a penalty of 1 outweighs being one step away. Without
+    a penalty this is rounding to the nearest code.
+
+    Args:
+        penalty: what each code costs: [levels], from the scheme's lowest code to its highest.
+        reach: codes on either side of the nearest that may be taken; 0 without a penalty.
+    """
+
+    penalty: Tensor | None = None
+    reach: int = 1
+
+    def __post_init__(self) -> None:
+        if self.reach < 0:
+            raise ValueError(f"reach: got {self.reach}, expected 0 or more")
+
+    def codes(self, x: Tensor, scheme: Scheme) -> Tensor:
+        """Codes, as floats, of the positions `x` among the codes: value / scale + zero point."""
+        nearest = x.round().clamp_(scheme.lowest, scheme.highest)
+        if self.penalty is None:
+            return nearest
+        levels = scheme.highest - scheme.lowest + 1
+        if self.penalty.shape != (levels,):
+            raise ValueError(f"penalty.shape: got {tuple(self.penalty.shape)}, expected {(levels,)}")
+        table = self.penalty.to(x)
+        best = nearest
+        cost = torch.full_like(x, torch.inf)
+        # From the nearest outwards, so that it wins where costs are equal.
+        for step in sorted(range(-self.reach, self.reach + 1), key=abs):
+            code = (nearest + step).clamp_(scheme.lowest, scheme.highest)
+            here = (code - x).square() + table[(code - scheme.lowest).long()]
+            better = here < cost
+            best, cost = torch.where(better, code, best), torch.where(better, here, cost)
+        return best
+
+
+NEAREST = Rounding()
+
+
+def quantize(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    method: Method = "rtn",
+    hessian: Tensor | None = None,
+    rounding: Rounding = NEAREST,
+    clips: int = 1,
+    damping: float = 0.01,
+) -> QTensor:
+    """Quantises a tensor.
+
+    Axes: n channels (first axis), k numbers of a channel.
+
+    Args:
+        weight: [n, ...] floating point, finite; for "gptq" [n, k], outputs by inputs.
+        scheme: bits, granularity, kind of scale.
+        method: "rtn" rounds every number by itself. "gptq" rounds the inputs of a matrix one
+            after the other and corrects those to come for the error so far.
+        hessian: [k, k] of the layer's squared error, 2/N sum x x^T over inputs x
+            (`quernstone.sensitivity.layer_hessian`); "gptq" only.
+        rounding: which code a number gets; a penalty makes some codes dearer.
+        clips: how many scales to try for each group, from the one that covers every number down
+            to about half of it; the one of the least squared error is taken. 1 clips nothing.
+        damping: share of the mean diagonal that is added to the Hessian's.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+
+    Source: GPTQ, arXiv 2210.17323, algorithm 1, without reordering of the inputs.
+    """
+    _check(weight, scheme, method, hessian, clips, damping)
+    with torch.no_grad():
+        if method == "rtn" or not weight.numel():
+            return _round_all(weight.float(), scheme, rounding, clips)
+        assert hessian is not None
+        return _gptq(weight, scheme, hessian, rounding, clips, damping)
+
+
+def _check(
+    weight: Tensor,
+    scheme: Scheme,
+    method: str,
+    hessian: Tensor | None,
+    clips: int,
+    damping: float,
+) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor")
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f"scheme: got {type(scheme).__name__}, expected a Scheme")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight.dtype: got {weight.dtype}, expected a floating-point dtype")
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight.device: got {weight.device}, expected cpu")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight: got a number that is not finite, expected finite numbers")
+    if method not in ("rtn", "gptq"):
+        raise ValueError(f"method: got {method!r}, expected 'rtn' or 'gptq'")
+    if not 1 <= clips <= 1000:
+        raise ValueError(f"clips: got {clips}, expected 1 to 1000")
+    if not 0.0 <= damping <= 1.0:
+        raise ValueError(f"damping: got {damping}, expected 0 to 1")
+    if (hessian is None) != (method == "rtn"):
+        raise ValueError(
+            f"hessian: got {'none' if hessian is None else 'one'} with method {method!r}, "
+            "expected one with 'gptq' alone"
+        )
+    if hessian is None:
+        return
+    if weight.ndim != 2:
+        raise ValueError(f"weight.ndim: got {weight.ndim}, expected 2 with method 'gptq'")
+    inputs = weight.shape[1]
+    if hessian.shape != (inputs, inputs):
+        raise ValueError(f"hessian.shape: got {tuple(hessian.shape)}, expected {(inputs, inputs)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("hessian: got a number that is not finite, expected finite numbers")
+
+
+def _round_all(weight: Tensor, scheme: Scheme, rounding: Rounding, clips: int) -> QTensor:
+    grouped = by_scale(weight, scheme)
+    scales, zeros = choose_scales(grouped, scheme, rounding, clips)
+    codes = _codes(grouped, scales, zeros, scheme, rounding)
+    return QTensor.from_codes(
+        undo_by_scale(codes, scheme, tuple(weight.shape)).to(torch.int16),
+        scales,
+        None if zeros is None else zeros.to(torch.uint8),
+        scheme=scheme,
+    )
+
+
+def _codes(
+    x: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, rounding: Rounding
+) -> Tensor:
+    position = x / scales.unsqueeze(-1)
+    if zeros is not None:
+        position = position + zeros.unsqueeze(-1)
+    return rounding.codes(position, scheme)
+
+
+def choose_scales(
+    grouped: Tensor, scheme: Scheme, rounding: Rounding = NEAREST, clips: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points, each [n, g], of numbers [n, g, numbers of a group]."""
+    if not grouped.shape[-1]:
+        table = grouped.new_full(grouped.shape[:-1], SMALLEST_SCALE)
+        return table, None if scheme.symmetric else torch.zeros_like(table)
+    if scheme.symmetric:
+        low = high = None
+        steps = scheme.levels / 2 - (0.5 if scheme.full_range else 1.0)
+        widest = grouped.abs().amax(-1) / steps
+    else:
+        low, high = grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
+        widest = (high - low) / (scheme.levels - 1)
+    best: tuple[Tensor, Tensor | None] | None = None
+    least = torch.empty(0)
+    for clip in range(clips):
+        scales = representable(widest * (1.0 - 0.5 * clip / clips), scheme)
+        zeros = None
+        if low is not None:
+            zeros = (-low / scales).round_().clamp_(0, scheme.highest)
+        if clips == 1:
+            return scales, zeros
+        codes = _codes(grouped, scales, zeros, scheme, rounding)
+        value = (codes if zeros is None else codes - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
+        error = (value - grouped).square().sum(-1)
+        if best is None:
+            best, least = (scales, zeros), error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (
+            torch.where(better, scales, best[0]),
+            None if zeros is None or best[1] is None else torch.where(better, zeros, best[1]),
+        )
+    assert best is not None
+    return best
+
+
+def representable(scales: Tensor, scheme: Scheme) -> Tensor:
+    """The nearest scale that the scheme can hold; for powers of two, nearest in the logarithm."""
+    scales = scales.clamp(min=SMALLEST_SCALE)
+    if scheme.scale == "fp32":
+        return scales
+    if scheme.scale == "bf16":
+        return scales.to(torch.bfloat16).float()
+    if scheme.scale == "power-of-two":
+        return scales.log2().round_().exp2_()
+    return _two_shift(scales)
+
+
+def _two_shift(scales: Tensor) -> Tensor:
+    """2^a, or 2^a + 2^b with b from a - 8 to a: the nearest."""
+    base = scales.log2().floor_().exp2_()
+    rest = scales - base
+    below = rest.clamp(min=SMALLEST_SCALE).log2().floor_().exp2_()
+    candidates = [torch.zeros_like(base), below, 2 * below]
+    candidates = [torch.where(c >= base / 256, c, 0.0) for c in candidates]
+    errors = torch.stack([(c - rest).abs() for c in candidates])
+    pick = errors.argmin(0, keepdim=True)
+    return base + torch.stack(candidates).gather(0, pick).squeeze(0)
+
+
+def _gptq(
+    weight: Tensor,
+    scheme: Scheme,
+    hessian: Tensor,
+    rounding: Rounding,
+    clips: int,
+    damping: float,
+) -> QTensor:
+    outputs, inputs = weight.shape
+    w = weight.double().clone()
+    h = hessian.double().clone()
+    # An input that was never seen cannot be corrected for: it is rounded by itself.
+    unseen = h.diagonal() <= 0
+    h[unseen, unseen] = 1.0
+    h.diagonal().add_(damping * float(h.diagonal().mean()))
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError:
+        raise ValueError(
+            "hessian: got a matrix that is not positive definite after damping, expected one "
+            "that is; more calibration data or a larger damping"
+        ) from None
+    _, groups, width = groups_of(scheme, (outputs, inputs))
+    whole = scheme.granularity != "group"
+    # What later blocks owe to this one is one product; a group begins and ends in one block.
+    block = 128 if whole else max(1, 128 // width) * width
+    scales = torch.empty(1 if scheme.granularity == "tensor" else outputs, groups)
+    zeros = None if scheme.symmetric else torch.empty_like(scales)
+    if whole:
+        first = by_scale(w.float(), scheme)
+        chosen = choose_scales(first, scheme, rounding, clips)
+        scales.copy_(chosen[0])
+        if zeros is not None and chosen[1] is not None:
+            zeros.copy_(chosen[1])
+    codes = torch.empty(outputs, inputs, dtype=torch.int16)
+    for begin in range(0, inputs, block):
+        end = min(begin + block, inputs)
+        errors = torch.empty(outputs, end - begin, dtype=torch.float64)
+        for i in range(begin, end):
+            group = 0 if whole else i // width
+            if not whole and i % width == 0:
+                # Groups see what the inputs before them have left behind.
+                chosen = choose_scales(
+                    w[:, i : i + width].float().unsqueeze(1), scheme, rounding, clips
+                )
+                scales[:, group] = chosen[0][:, 0]
+                if zeros is not None and chosen[1] is not None:
+                    zeros[:, group] = chosen[1][:, 0]
+            scale = scales[:, group].double()
+            zero = 0.0 if zeros is None else zeros[:, group].double()
+            code = rounding.codes(w[:, i] / scale + zero, scheme)
+            codes[:, i] = code.to(torch.int16)
+            error = (w[:, i] - (code - zero) * scale) / upper[i, i]
+            errors[:, i - begin] = error
+            w[:, i + 1 : end] -= error.unsqueeze(1) * upper[i, i + 1 : end]
+        w[:, end:] -= errors @ upper[begin:end, end:]
+    return QTensor.from_codes(
+        codes, scales, None if zeros is None else zeros.to(torch.uint8), scheme=scheme
+    )
+
+
