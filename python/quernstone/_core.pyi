@@ -1,3 +1,6 @@
+import numpy as np
+from numpy.typing import NDArray
+
 def load_torch(libtorch_cpu: str) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
@@ -10,3 +13,63 @@ def bench_copy_nt(to: int, source: int, bytes: int, prefetch_bytes: int) -> floa
 class attention:
     @staticmethod
     def last_forward_seconds() -> float: ...
+
+def pack_bits(codes: NDArray[np.uint8], bits: int, packed: NDArray[np.uint8]) -> None: ...
+def unpack_bits(packed: NDArray[np.uint8], bits: int, codes: NDArray[np.uint8]) -> None: ...
+
+class Layout:
+    def __init__(
+        self, format: str, rows: int, inputs: int, group: int = 0, zero_points: bool = False
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
+def pack_codes(
+    layout: Layout,
+    codes: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    zero_points: NDArray[np.uint8] | None,
+    out: NDArray[np.uint8],
+) -> None: ...
+def pack_bf16(layout: Layout, weights: NDArray[np.uint16], out: NDArray[np.uint8]) -> None: ...
+def unpack(layout: Layout, packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None: ...
+def multiply(
+    layout: Layout,
+    packed: NDArray[np.uint8],
+    x: NDArray[np.float32],
+    compute: str,
+    out: NDArray[np.float32],
+) -> None: ...
+
+class ExpertsLayout:
+    def __init__(
+        self,
+        format: str,
+        count: int,
+        hidden: int,
+        intermediate: int,
+        group: int = 0,
+        zero_points: bool = False,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def expert_bytes(self) -> int: ...
+
+def place_expert(
+    layout: ExpertsLayout,
+    index: int,
+    gate: NDArray[np.uint8],
+    up: NDArray[np.uint8],
+    down: NDArray[np.uint8],
+    out: NDArray[np.uint8],
+) -> None: ...
+def experts_forward(
+    layout: ExpertsLayout,
+    packed: NDArray[np.uint8],
+    x: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    compute: str,
+    out: NDArray[np.float32],
+) -> None: ...

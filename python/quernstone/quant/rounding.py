@@ -43,7 +43,9 @@ class Rounding:
             return nearest
         levels = scheme.highest - scheme.lowest + 1
         if self.penalty.shape != (levels,):
-            raise ValueError(f"penalty.shape: got {tuple(self.penalty.shape)}, expected {(levels,)}")
+            raise ValueError(
+                f"penalty.shape: got {tuple(self.penalty.shape)}, expected {(levels,)}"
+            )
         table = self.penalty.to(x)
         best = nearest
         cost = torch.full_like(x, torch.inf)
@@ -282,5 +284,3 @@ def _gptq(
     return QTensor.from_codes(
         codes, scales, None if zeros is None else zeros.to(torch.uint8), scheme=scheme
     )
-
-
