@@ -9,8 +9,7 @@ namespace {
 
 moe::Experts experts(const std::string& format, std::int64_t count, std::int64_t hidden,
                      std::int64_t intermediate, std::int64_t group, bool zero_points) {
-    const moe::Experts made{parse_format(format), count, hidden, intermediate,
-                            group,                zero_points};
+    const moe::Experts made{parse_format(format), count, hidden, intermediate, group, zero_points};
     raise(moe::check(made));
     return made;
 }
@@ -36,8 +35,8 @@ void forward(const moe::Experts& layout, const Array<std::uint8_t>& packed, cons
     moe::Experts used = layout;
     used.data = packed_bytes(packed, layout.bytes(), "packed");
     moe::ForwardArgs args{rows_of<const float>(x, "x"), view<const std::int64_t, 2>(ids, "ids"),
-                          view<const float, 2>(weights, "weights"),
-                          output<float, 2>(out, "out"), parse_compute(compute)};
+                          view<const float, 2>(weights, "weights"), output<float, 2>(out, "out"),
+                          parse_compute(compute)};
     expect_rows(args.out, "out");
     const py::gil_scoped_release release;
     raise(moe::forward(used, args, num_threads()));

@@ -55,12 +55,10 @@ gemm::Layout layout(const std::string& format, std::int64_t rows, std::int64_t i
     return made;
 }
 
-void pack_codes(const gemm::Layout& to, const Array<std::int8_t>& codes,
-                const Array<float>& scales, const std::optional<Array<std::uint8_t>>& zero_points,
-                Array<std::uint8_t>& out) {
-    gemm::Codes from{view<const std::int8_t, 2>(codes, "codes"),
-                     view<const float, 2>(scales, "scales"),
-                     {}};
+void pack_codes(const gemm::Layout& to, const Array<std::int8_t>& codes, const Array<float>& scales,
+                const std::optional<Array<std::uint8_t>>& zero_points, Array<std::uint8_t>& out) {
+    gemm::Codes from{
+        view<const std::int8_t, 2>(codes, "codes"), view<const float, 2>(scales, "scales"), {}};
     if (zero_points) {
         from.zero_points = view<const std::uint8_t, 2>(*zero_points, "zero_points");
     }

@@ -70,11 +70,12 @@ inline __m256 exp_nonpositive(__m256 x) {
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375F), clamped);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4F), r);
     __m256 p = _mm256_set1_ps(1.0F / 5040.0F);
-    for (const float c : {1.0F / 720.0F, 1.0F / 120.0F, 1.0F / 24.0F, 1.0F / 6.0F, 0.5F, 1.0F, 1.0F}) {
+    for (const float c :
+         {1.0F / 720.0F, 1.0F / 120.0F, 1.0F / 24.0F, 1.0F / 6.0F, 0.5F, 1.0F, 1.0F}) {
         p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
     }
-    const __m256i power = _mm256_slli_epi32(
-        _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    const __m256i power =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
 }
 
@@ -96,7 +97,8 @@ void silu_multiply(float* gate, const float* up, std::int64_t n) {
         std::array<float, 8> g{}, u{};
         std::copy_n(gate + i, n - i, g.begin());
         std::copy_n(up + i, n - i, u.begin());
-        _mm256_storeu_ps(g.data(), silu_times(_mm256_loadu_ps(g.data()), _mm256_loadu_ps(u.data())));
+        _mm256_storeu_ps(g.data(),
+                         silu_times(_mm256_loadu_ps(g.data()), _mm256_loadu_ps(u.data())));
         std::copy_n(g.begin(), n - i, gate + i);
     }
 }

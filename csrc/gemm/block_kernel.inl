@@ -23,7 +23,9 @@ struct Int4Block {
           scales(block + layout.code_bytes()),
           zeros(layout.zero_points ? scales + layout.scale_bytes() : nullptr),
           groups(layout.padded_inputs() / kScaleGroup),
-          shift(layout.group == 32 ? 0 : layout.group == 64 ? 1 : 2) {}
+          shift(layout.group == 32   ? 0
+                : layout.group == 64 ? 1
+                                     : 2) {}
 
     [[nodiscard]] vf scale(std::int64_t group, int vector) const {
         const std::byte* at = scales + 2 * ((group >> shift) * kRows + vector * kLanes);
@@ -94,7 +96,8 @@ inline void int4_int8_tile(const Int4Block& w, int first, const Tokens& x, std::
                 const vf scale = vmul(w_scale, vset(scales[t * groups + g]));
                 const std::int32_t eight = eights[t * groups + g];
                 if constexpr (kZeros) {
-                    const vf shift = vmul(w.zero(g, first + v), vset(0.125F * static_cast<float>(eight)));
+                    const vf shift =
+                        vmul(w.zero(g, first + v), vset(0.125F * static_cast<float>(eight)));
                     const vf product = vsub(vfrom_int(finish4(sum[t][v])), shift);
                     total[t][v] = vfma(product, scale, total[t][v]);
                 } else {
@@ -114,8 +117,8 @@ inline void int4_int8_tile(const Int4Block& w, int first, const Tokens& x, std::
 }
 
 template <int T, int V>
-inline void int8_int8_tile(const Layout& layout, const std::byte* block, int first,
-                           const Tokens& x, std::int64_t t0, float* out) {
+inline void int8_int8_tile(const Layout& layout, const std::byte* block, int first, const Tokens& x,
+                           std::int64_t t0, float* out) {
     const std::byte* line = block + first * kLanes * 4;
     vf total[T][V];
 #pragma GCC unroll 8

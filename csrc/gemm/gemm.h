@@ -13,8 +13,8 @@
 // Axes: t tokens, n outputs (rows of the weights), k inputs.
 namespace quernstone::gemm {
 
-inline constexpr std::int64_t kRows = 16;       // outputs of a block
-inline constexpr std::int64_t kAlign = 64;      // bytes, of a block and of its parts
+inline constexpr std::int64_t kRows = 16;        // outputs of a block
+inline constexpr std::int64_t kAlign = 64;       // bytes, of a block and of its parts
 inline constexpr std::int64_t kScaleGroup = 32;  // inputs that share an activation's scale
 inline constexpr std::int64_t kMaxSide = std::int64_t{1} << 24;
 
@@ -25,9 +25,9 @@ enum class Compute : std::uint8_t { kFloat, kInt8 };
 
 struct Layout {
     Format format = Format::kBf16;
-    std::int64_t rows = 0;    // n
-    std::int64_t inputs = 0;  // k
-    std::int64_t group = 0;   // inputs that share a weight's scale: int4 32, 64 or 128; else 0
+    std::int64_t rows = 0;     // n
+    std::int64_t inputs = 0;   // k
+    std::int64_t group = 0;    // inputs that share a weight's scale: int4 32, 64 or 128; else 0
     bool zero_points = false;  // int4 only; without, code 8 is zero
 
     [[nodiscard]] constexpr std::int64_t blocks() const noexcept {
@@ -70,8 +70,8 @@ struct Matrix {
 
 // Codes as quantisers make them, one byte each, to packed blocks. int8: -127..127; int4: 0..15.
 struct Codes {
-    View<const std::int8_t, 2> codes;          // [n, k]
-    View<const float, 2> scales;               // [n, 1] or [n, groups]; int4's are rounded to bf16
+    View<const std::int8_t, 2> codes;         // [n, k]
+    View<const float, 2> scales;              // [n, 1] or [n, groups]; int4's are rounded to bf16
     View<const std::uint8_t, 2> zero_points;  // [n, groups] 0..15; absent: 8
 };
 [[nodiscard]] Status pack(const Layout& layout, const Codes& from, std::byte* to) noexcept;

@@ -17,7 +17,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kKernels{bf16_float, int8_float, int8_int8, int4_float,
+const Kernels kKernels{bf16_float, int8_float, int8_int8,    int4_float,
                        int4_int8,  quantize,   silu_multiply};
 
 }  // namespace quernstone::gemm::avx2

@@ -40,7 +40,7 @@ inline vi finish8(vi sums, vi /*eight_times_x*/) { return sums; }
 
 }  // namespace
 
-const Kernels kKernels{bf16_float, int8_float, int8_int8, int4_float,
+const Kernels kKernels{bf16_float, int8_float, int8_int8,    int4_float,
                        int4_int8,  quantize,   silu_multiply};
 
 }  // namespace quernstone::gemm::avx512

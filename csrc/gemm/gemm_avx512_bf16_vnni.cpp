@@ -26,7 +26,7 @@ inline vi finish8(vi sums, vi eight_times_x) { return isub(sums, ishift_left<4>(
 
 }  // namespace
 
-const Kernels kKernels{bf16_float, int8_float, int8_int8, int4_float,
+const Kernels kKernels{bf16_float, int8_float, int8_int8,    int4_float,
                        int4_int8,  quantize,   silu_multiply};
 
 }  // namespace quernstone::gemm::avx512_bf16_vnni

@@ -89,7 +89,9 @@ void int4_int8(const Layout& layout, const std::byte* block, const Tokens& x, fl
     const Int4 w(layout, block);
     integer_product(
         x, out,
-        [&](std::int64_t row, std::int64_t k) { return int4_code(w.codes, row, k) - w.zero(row, k); },
+        [&](std::int64_t row, std::int64_t k) {
+            return int4_code(w.codes, row, k) - w.zero(row, k);
+        },
         [&](std::int64_t row, std::int64_t k) { return w.scale(row, k); });
 }
 
@@ -162,7 +164,7 @@ void silu_multiply(float* gate, const float* up, std::int64_t n) {
 
 }  // namespace
 
-const Kernels kKernels{bf16_float, int8_float, int8_int8, int4_float,
+const Kernels kKernels{bf16_float, int8_float, int8_int8,    int4_float,
                        int4_int8,  quantize,   silu_multiply};
 
 }  // namespace quernstone::gemm::baseline

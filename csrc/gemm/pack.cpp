@@ -114,8 +114,8 @@ Status pack(const Layout& layout, const Codes& from, std::byte* to) noexcept {
             if (int4) {
                 write(scales + 2 * (g * kRows + row), narrow(scale));
                 if (layout.zero_points) {
-                    zeros[g * kRows + row] = std::byte{real ? *from.zero_points.at(n, g)
-                                                            : std::uint8_t{0}};
+                    zeros[g * kRows + row] =
+                        std::byte{real ? *from.zero_points.at(n, g) : std::uint8_t{0}};
                 }
             } else {
                 write(scales + 4 * row, scale);
@@ -124,10 +124,10 @@ Status pack(const Layout& layout, const Codes& from, std::byte* to) noexcept {
         for (std::int64_t k = 0; k < layout.padded_inputs(); ++k) {
             const bool inside = real && k < layout.inputs;
             if (int4) {
-                const unsigned zero =
-                    layout.zero_points ? (real ? *from.zero_points.at(n, k / layout.group) : 0U) : 8U;
-                const unsigned code =
-                    inside ? static_cast<unsigned>(*from.codes.at(n, k)) : zero;
+                const unsigned zero = layout.zero_points
+                                          ? (real ? *from.zero_points.at(n, k / layout.group) : 0U)
+                                          : 8U;
+                const unsigned code = inside ? static_cast<unsigned>(*from.codes.at(n, k)) : zero;
                 *int4_byte(block, row, k) |= static_cast<std::byte>(code << (k % 8 < 4 ? 0U : 4U));
             } else {
                 const int code = inside ? *from.codes.at(n, k) : 0;
@@ -170,15 +170,16 @@ Status unpack(const Matrix& matrix, View<float, 2> to) noexcept {
             if (layout.format == Format::kBf16) {
                 value = widen(read<std::uint16_t>(block + k / 2 * kAlign + row * 4 + k % 2 * 2));
             } else if (layout.format == Format::kInt8) {
-                const int code = std::to_integer<int>(block[k / 4 * kAlign + row * 4 + k % 4]) - 128;
+                const int code =
+                    std::to_integer<int>(block[k / 4 * kAlign + row * 4 + k % 4]) - 128;
                 value = static_cast<float>(code) * read<float>(scales + 4 * row);
             } else {
                 const std::int64_t at = k / layout.group * kRows + row;
                 const std::byte both = block[k / 8 * kAlign + row * 4 + k % 4];
                 const int code = std::to_integer<int>(k % 8 < 4 ? both & std::byte{15} : both >> 4);
                 const int zero = layout.zero_points ? std::to_integer<int>(zeros[at]) : 8;
-                value = static_cast<float>(code - zero) *
-                        widen(read<std::uint16_t>(scales + 2 * at));
+                value =
+                    static_cast<float>(code - zero) * widen(read<std::uint16_t>(scales + 2 * at));
             }
             *to.at(n, k) = value;
         }

@@ -49,8 +49,7 @@ struct TokenRoom {
             std::memset(values + at + n, 0, static_cast<std::size_t>(end - n) * sizeof *x);
             return;
         }
-        kernels.quantize(x, n, end, codes + at, scales + at / kScaleGroup,
-                         sums + at / kScaleGroup);
+        kernels.quantize(x, n, end, codes + at, scales + at / kScaleGroup, sums + at / kScaleGroup);
     }
 
     // Zeros from `begin`, a multiple of kScaleGroup, to the end of the row.

@@ -223,7 +223,8 @@ class Forward {
 
     void add_block(const Active& active, std::int64_t b) const noexcept {
         alignas(gemm::kAlign) std::array<float, kTokenChunk * kRows> tile;
-        const std::byte* block = expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes();
+        const std::byte* block =
+            expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes();
         const std::int64_t rows = std::min(kRows, e_.hidden - b * kRows);
         for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
             const std::int64_t count = std::min(kTokenChunk, active.count - t0);

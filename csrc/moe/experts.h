@@ -41,16 +41,15 @@ void place(const Experts& experts, const std::byte* gate, const std::byte* up,
            const std::byte* down, std::byte* to) noexcept;
 
 struct ForwardArgs {
-    View<const float, 2> x;         // [t, m]
+    View<const float, 2> x;           // [t, m]
     View<const std::int64_t, 2> ids;  // [t, c] expert, or -1: none here; no expert twice
-    View<const float, 2> weights;   // [t, c]
-    View<float, 2> out;             // [t, m] the weighted sum over c
+    View<const float, 2> weights;     // [t, c]
+    View<float, 2> out;               // [t, m] the weighted sum over c
     gemm::Compute compute = gemm::Compute::kFloat;
 };
 
 // Results depend neither on the number of threads nor on the other tokens of a call; a token's
 // experts are summed in the order of their numbers.
-[[nodiscard]] Status forward(const Experts& experts, const ForwardArgs& args,
-                             int threads) noexcept;
+[[nodiscard]] Status forward(const Experts& experts, const ForwardArgs& args, int threads) noexcept;
 
 }  // namespace quernstone::moe

@@ -109,5 +109,5 @@ def test_a_failed_save_leaves_the_old_file(tensors: dict[str, QTensor], tmp_path
 
 
 def test_says_that_there_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nothing.safetensors: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors: no such file"):
         load(tmp_path / "nothing.safetensors")

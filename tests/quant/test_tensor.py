@@ -64,7 +64,7 @@ def test_names_the_part_that_does_not_fit() -> None:
         QTensor(scheme, (3, 8), good.packed[:-1], good.scales)
     with pytest.raises(ValueError, match=r"scales.shape: got \(3, 1\), expected \(3, 2\)"):
         QTensor(scheme, (3, 8), good.packed, good.scales[:, :1])
-    with pytest.raises(TypeError, match="scales.dtype"):
+    with pytest.raises(TypeError, match=r"scales\.dtype"):
         QTensor(scheme, (3, 8), good.packed, good.scales.double())
     with pytest.raises(ValueError, match="zero_points: got some"):
         QTensor(scheme, (3, 8), good.packed, good.scales, good.scales.to(torch.uint8))

@@ -95,11 +95,12 @@ def _assemble(index: Any, parts: dict[str, Tensor]) -> dict[str, QTensor]:
 def write_whole(path: Path, data: bytes) -> None:
     """Puts a file in place in one step: whole, or not at all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    written = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        written.chmod(0o644)
+        written.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         raise
