@@ -84,9 +84,11 @@ def _assemble(index: Any, parts: dict[str, Tensor]) -> dict[str, QTensor]:
         for part in ("packed", "scales"):
             if f"{name}.{part}" not in parts:
                 raise ValueError(f"{name}.{part}: got nothing, expected a tensor")
-        found = [parts.pop(f"{name}.{part}", None) for part in _PARTS]
+        packed, scales = parts.pop(f"{name}.packed"), parts.pop(f"{name}.scales")
+        zero_points = parts.pop(f"{name}.zero_points", None)
         try:
-            tensors[name] = QTensor(Scheme.from_dict(about["scheme"]), shape, *found)
+            scheme = Scheme.from_dict(about["scheme"])
+            tensors[name] = QTensor(scheme, shape, packed, scales, zero_points)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}.{error}") from None
     return tensors

@@ -238,14 +238,13 @@ def _gptq(
     unseen = h.diagonal() <= 0
     h[unseen, unseen] = 1.0
     h.diagonal().add_(damping * float(h.diagonal().mean()))
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-        upper = torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError:
+    factor, failed = torch.linalg.cholesky_ex(h)
+    if int(failed):
         raise ValueError(
             "hessian: got a matrix that is not positive definite after damping, expected one "
             "that is; more calibration data or a larger damping"
-        ) from None
+        )
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     _, groups, width = groups_of(scheme, (outputs, inputs))
     whole = scheme.granularity != "group"
     # What later blocks owe to this one is one product; a group begins and ends in one block.
