@@ -15,7 +15,7 @@ std::byte* packed_bytes(const Array<std::uint8_t>& packed, std::int64_t want, co
 
 template <class V>
 void expect_rows(const V& view, const char* name) {
-    if (view.extent[1] > 1 && view.stride[1] != 1) {
+    if (view.extent[0] > 0 && view.extent[1] > 1 && view.stride[1] != 1) {
         raise(invalid(name, "a strided last axis", "a contiguous last axis"));
     }
 }

@@ -1,0 +1,191 @@
+"""Fused experts equal the Mixture-of-Experts blocks of transformers, at every level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+import quernstone
+from quernstone import _core
+from tests.gemm.cases import FORMS, Form, aligned, normal, packed
+
+EXPERTS, HIDDEN, INTERMEDIATE = 5, 96, 72
+Matrices = tuple[Tensor, Tensor, Tensor]
+# fp32 sums of 96 and 72 products; int8 activations keep 7 bits and a sign in each of two products.
+FLOAT, INT8 = 2e-6, 0.02
+
+
+@pytest.fixture(params=quernstone.isas())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = quernstone.isa()
+    quernstone.set_isa(request.param)
+    yield request.param
+    quernstone.set_isa(before)
+
+
+def experts(
+    form: Form, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
+) -> tuple[_core.ExpertsLayout, NDArray[np.uint8], list[Matrices]]:
+    """Layout and bytes of a layer, and gate, up and down of each expert as its numbers are."""
+    layout = _core.ExpertsLayout(
+        form.format, EXPERTS, hidden, intermediate, form.group, form.zero_points
+    )
+    data = aligned(layout.bytes)
+    numbers = []
+    for e in range(EXPERTS):
+        shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+        parts = [packed(form, normal(*s, seed=3 * e + i) / 8) for i, s in enumerate(shapes)]
+        _core.place_expert(layout, e, *(part[1] for part in parts), data)
+        gate, up, down = (torch.from_numpy(part[2]) for part in parts)
+        numbers.append((gate, up, down))
+    return layout, data, numbers
+
+
+def expected(numbers: list[Matrices], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(x.shape[0]):
+        for c in range(ids.shape[1]):
+            if ids[t, c] >= 0:
+                gate, up, down = numbers[int(ids[t, c])]
+                token = x[t].double()
+                inner = torch.nn.functional.silu(gate @ token) * (up @ token)
+                out[t] += weights[t, c].double() * (down @ inner)
+    return out
+
+
+def forward(
+    layout: _core.ExpertsLayout,
+    data: NDArray[np.uint8],
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    compute: str,
+) -> Tensor:
+    out = np.full(tuple(x.shape), np.nan, np.float32)
+    _core.experts_forward(layout, data, x.numpy(), ids.numpy(), weights.numpy(), compute, out)
+    return torch.from_numpy(out)
+
+
+def routed(tokens: int, choices: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, EXPERTS, generator=generator)
+    top = scores.topk(choices)
+    return top.indices, top.values
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_experts_are_those_of_their_numbers(form: Form, level: str) -> None:
+    for hidden, intermediate in ((HIDDEN, INTERMEDIATE), (33, 17), (16, 130)):
+        layout, data, numbers = experts(form, hidden, intermediate)
+        for tokens, choices in ((1, 1), (1, 5), (2, 2), (7, 3), (150, 2)):
+            x = normal(tokens, hidden, seed=tokens)
+            ids, weights = routed(tokens, choices)
+            want = expected(numbers, x, ids, weights)
+            for compute in form.computes:
+                got = forward(layout, data, x, ids, weights, compute)
+                bound = FLOAT if compute == "float" else INT8
+                assert float((got - want).norm() / want.norm()) <= bound
+
+
+def test_a_layer_is_mixtrals(level: str) -> None:
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=48,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    block = MixtralSparseMoeBlock(config).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_((parameter.normal_() / 8).bfloat16().float())
+        x = normal(11, 64)
+        theirs = block(x.unsqueeze(0))
+        theirs = (theirs[0] if isinstance(theirs, tuple) else theirs).squeeze(0)
+        probabilities = (x @ block.gate.weight.T).softmax(-1)
+    top = probabilities.topk(2)
+    weights = top.values / top.values.sum(-1, keepdim=True)
+    layout = _core.ExpertsLayout("bf16", EXPERTS, 64, 48)
+    data = aligned(layout.bytes)
+    for e in range(EXPERTS):
+        gate, up = block.experts.gate_up_proj[e].detach().chunk(2)
+        parts = [
+            packed(Form("bf16"), m.detach())[1] for m in (gate, up, block.experts.down_proj[e])
+        ]
+        _core.place_expert(layout, e, *parts, data)
+    ours = forward(layout, data, x, top.indices, weights.contiguous(), "float")
+    assert float((ours - theirs).norm() / theirs.norm()) <= FLOAT
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_token_is_the_same_in_any_company_and_on_any_threads(form: Form, level: str) -> None:
+    layout, data, _ = experts(form)
+    x = normal(13, HIDDEN)
+    ids, weights = routed(13, 3)
+    before = torch.get_num_threads()
+    for compute in form.computes:
+        whole = forward(layout, data, x, ids, weights, compute)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(forward(layout, data, x, ids, weights, compute), whole)
+        torch.set_num_threads(before)
+        for t in range(13):
+            part = slice(t, t + 1)
+            alone = forward(layout, data, x[part], ids[part], weights[part], compute)
+            assert torch.equal(alone, whole[part])
+
+
+def test_an_expert_that_is_elsewhere_adds_nothing() -> None:
+    layout, data, numbers = experts(Form("int8"))
+    x = normal(3, HIDDEN)
+    ids = torch.tensor([[0, -1], [-1, -1], [2, 4]])
+    weights = torch.ones(3, 2)
+    got = forward(layout, data, x, ids, weights, "float")
+    assert float((got - expected(numbers, x, ids, weights)).abs().max()) <= 1e-4
+    assert not got[1].any()
+
+
+def test_no_tokens_and_no_choices_give_nothing() -> None:
+    layout, data, _ = experts(Form("int8"))
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    assert forward(layout, data, normal(0, HIDDEN), none, torch.zeros(0, 2), "int8").numel() == 0
+    empty = torch.zeros(4, 0, dtype=torch.int64)
+    assert not forward(layout, data, normal(4, HIDDEN), empty, torch.zeros(4, 0), "int8").any()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[5, 0]], "ids: got 5, expected -1 to 4"),
+        ([[-2, 0]], "ids: got -2, expected -1 to 4"),
+        ([[3, 3]], "ids: an expert twice for one token: got 3"),
+    ],
+)
+def test_names_an_id_that_is_none(ids: list[list[int]], message: str) -> None:
+    layout, data, _ = experts(Form("int8"))
+    with pytest.raises(ValueError, match=message):
+        forward(layout, data, normal(1, HIDDEN), torch.tensor(ids), torch.ones(1, 2), "int8")
+
+
+def test_names_the_shape_that_disagrees() -> None:
+    layout, data, _ = experts(Form("int8"))
+    ids, weights = routed(2, 2)
+    with pytest.raises(ValueError, match=r"x.shape\[1\]: got 95, expected 96"):
+        forward(layout, data, normal(2, HIDDEN - 1), ids, weights, "int8")
+    with pytest.raises(ValueError, match=r"ids.shape\[0\]: got 1, expected 2"):
+        forward(layout, data, normal(2, HIDDEN), ids[:1], weights, "int8")
+    with pytest.raises(ValueError, match=r"weights.shape\[1\]: got 1, expected 2"):
+        forward(layout, data, normal(2, HIDDEN), ids, weights[:, :1], "int8")
+    with pytest.raises(ValueError, match="packed: bytes"):
+        forward(layout, data[:-64], normal(2, HIDDEN), ids, weights, "int8")
+    with pytest.raises(ValueError, match="experts: got 0, expected 1 to"):
+        _core.ExpertsLayout("bf16", 0, 16, 16)
+    with pytest.raises(ValueError, match="index: got 5, expected 0 to 4"):
+        _core.place_expert(layout, 5, data, data, data, data)
