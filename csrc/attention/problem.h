@@ -24,11 +24,6 @@ Extents extents(const ForwardArgs<T>& a) noexcept {
             a.q.extent[2], a.k.extent[2], a.q.extent[3]};
 }
 
-inline Status same(const char* what, std::int64_t got, const char* want,
-                   std::int64_t number) noexcept {
-    return got == number ? Status{} : invalid(what, got, want, number);
-}
-
 inline Status check_positions(const View<const std::int64_t, 1>& view, const char* shape,
                               const char* value, const Extents& e) noexcept {
     if (!view.present()) {

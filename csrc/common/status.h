@@ -33,6 +33,12 @@ constexpr Status invalid(const char* what, const char* got, const char* want) no
     return {Code::kInvalid, what, got, 0, want, 0, false};
 }
 
+// That `got` is `number`; `want` says what the number is.
+constexpr Status same(const char* what, std::int64_t got, const char* want,
+                      std::int64_t number) noexcept {
+    return got == number ? Status{} : invalid(what, got, want, number);
+}
+
 constexpr Status no_memory(const char* what, std::int64_t bytes) noexcept {
     return {Code::kNoMemory, what, nullptr, bytes, "that many bytes of memory", 0, false};
 }
@@ -40,9 +46,9 @@ constexpr Status no_memory(const char* what, std::int64_t bytes) noexcept {
 }  // namespace quernstone
 
 // Ends the function with the status of `expression` unless that is ok.
-#define QS_TRY(expression)                                            \
-    do {                                                              \
+#define QS_TRY(expression)                                                          \
+    do {                                                                            \
         if (const ::quernstone::Status qs_status = (expression); !qs_status.ok()) { \
-            return qs_status;                                         \
-        }                                                             \
+            return qs_status;                                                       \
+        }                                                                           \
     } while (false)

@@ -55,10 +55,12 @@ void quantize(const float* x, std::int64_t n, std::int64_t padded, std::int8_t* 
         quantize_group(x + g * kScaleGroup, codes + g * kScaleGroup, scales + g, sums + g);
     }
     for (std::int64_t g = whole; g < padded / kScaleGroup; ++g) {
-        std::array<float, kScaleGroup> rest{};
-        const std::int64_t left = std::clamp<std::int64_t>(n - g * kScaleGroup, 0, kScaleGroup);
-        std::copy_n(x + g * kScaleGroup, left, rest.begin());
-        quantize_group(rest.data(), codes + g * kScaleGroup, scales + g, sums + g);
+        float rest[kScaleGroup] = {};
+        const std::int64_t left = n - g * kScaleGroup;
+        if (left > 0) {
+            std::memcpy(rest, x + g * kScaleGroup, static_cast<std::size_t>(left) * sizeof *x);
+        }
+        quantize_group(rest, codes + g * kScaleGroup, scales + g, sums + g);
     }
 }
 
@@ -94,11 +96,12 @@ void silu_multiply(float* gate, const float* up, std::int64_t n) {
         _mm256_storeu_ps(gate + i, silu_times(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i)));
     }
     if (i < n) {
-        std::array<float, 8> g{}, u{};
-        std::copy_n(gate + i, n - i, g.begin());
-        std::copy_n(up + i, n - i, u.begin());
-        _mm256_storeu_ps(g.data(),
-                         silu_times(_mm256_loadu_ps(g.data()), _mm256_loadu_ps(u.data())));
-        std::copy_n(g.begin(), n - i, gate + i);
+        float g[8] = {};
+        float u[8] = {};
+        const auto bytes = static_cast<std::size_t>(n - i) * sizeof *gate;
+        std::memcpy(g, gate + i, bytes);
+        std::memcpy(u, up + i, bytes);
+        _mm256_storeu_ps(g, silu_times(_mm256_loadu_ps(g), _mm256_loadu_ps(u)));
+        std::memcpy(gate + i, g, bytes);
     }
 }

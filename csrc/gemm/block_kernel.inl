@@ -1,7 +1,6 @@
 // A block of 16 rows times tokens, in the primitives of one instruction-set level.
 
 constexpr int kVectors = static_cast<int>(kRows) / kLanes;
-constexpr std::int64_t kLine = 64;       // bytes: one step of every row of a block
 constexpr std::int64_t kGroupSteps = 8;  // of 4 inputs
 // A stream longer than a page outruns the hardware's prefetcher at each page's end.
 constexpr std::int64_t kAhead = 2048;
@@ -16,56 +15,77 @@ inline vi broadcast_codes(const std::int8_t* x) {
     return iset(four);
 }
 
-// Scales and zero points of int4 blocks: [group][kRows] behind the codes.
-struct Int4Block {
-    Int4Block(const Layout& layout, const std::byte* block)
-        : codes(block),
-          scales(block + layout.code_bytes()),
-          zeros(layout.zero_points ? scales + layout.scale_bytes() : nullptr),
-          groups(layout.padded_inputs() / kScaleGroup),
-          shift(layout.group == 32   ? 0
-                : layout.group == 64 ? 1
-                                     : 2) {}
+// Of int4, [group][kRows]; `group` counts activations' groups.
+inline vf int4_scale(const Block& w, std::int64_t group, int vector) {
+    const std::int64_t at = (group >> w.group_shift) * kRows + vector * kLanes;
+    return vfrom_bits(ishift_left<16>(iwiden_16(w.scales + 2 * at)));
+}
+inline vf int4_zero(const Block& w, std::int64_t group, int vector) {
+    const std::int64_t at = (group >> w.group_shift) * kRows + vector * kLanes;
+    return vfrom_int(iwiden_8(w.zeros + at));
+}
 
-    [[nodiscard]] vf scale(std::int64_t group, int vector) const {
-        const std::byte* at = scales + 2 * ((group >> shift) * kRows + vector * kLanes);
-        return vfrom_bits(ishift_left<16>(iwiden_16(at)));
-    }
-    [[nodiscard]] vf zero(std::int64_t group, int vector) const {
-        return vfrom_int(iwiden_8(zeros + (group >> shift) * kRows + vector * kLanes));
-    }
-
-    const std::byte *codes, *scales, *zeros;
-    std::int64_t groups;  // of activations
-    int shift;            // from a group of activations to the weights' group
-};
-
-template <int T, int V, bool kZeros>
-inline void int4_int8_tile(const Int4Block& w, int first, const Tokens& x, std::int64_t t0,
-                           float* out) {
-    const vi nibble = iset(0x0f0f0f0f);
-    const std::byte* line = w.codes + first * kLanes * 4;
-    vf total[T][V];
+template <int T, int V>
+inline void clear(vf (&sums)[T][V]) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-            total[t][v] = vzero();
+            sums[t][v] = vzero();
         }
     }
+}
+
+template <int T, int V>
+inline void clear(vi (&sums)[T][V]) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            sums[t][v] = izero();
+        }
+    }
+}
+
+template <int T, int V>
+inline void store(float* out, int first, const vf (&sums)[T][V]) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            vstore(out + t * kRows + (first + v) * kLanes, sums[t][v]);
+        }
+    }
+}
+
+// int8 has one scale a row.
+template <int T, int V>
+inline void store_scaled(float* out, int first, const vf (&sums)[T][V], const std::byte* scales) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+        const int row = (first + v) * kLanes;
+        const vf scale = vfrom_bits(iload(scales + 4 * row));
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            vstore(out + t * kRows + row, vmul(sums[t][v], scale));
+        }
+    }
+}
+
+template <int T, int V, bool kZeros>
+inline void int4_int8_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
+                           float* out) {
+    const vi nibble = iset(0x0f0f0f0f);
+    const std::byte* line = w.codes + first * kLanes * 4;
+    vf total[T][V];
+    clear(total);
     const std::int8_t* codes = x.codes + t0 * x.padded;
     const std::int64_t groups = x.padded / kScaleGroup;
     const float* scales = x.scales + t0 * groups;
     const std::int32_t* eights = x.sums + t0 * groups;
-    for (std::int64_t g = 0; g < w.groups; ++g) {
+    for (std::int64_t g = 0; g < groups; ++g) {
         vi sum[T][V];
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-                sum[t][v] = izero();
-            }
-        }
+        clear(sum);
 #pragma GCC unroll 4
         for (int step = 0; step < kGroupSteps; step += 2) {
             vi low[V], high[V];
@@ -90,14 +110,14 @@ inline void int4_int8_tile(const Int4Block& w, int first, const Tokens& x, std::
         }
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-            const vf w_scale = w.scale(g, first + v);
+            const vf w_scale = int4_scale(w, g, first + v);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
                 const vf scale = vmul(w_scale, vset(scales[t * groups + g]));
                 const std::int32_t eight = eights[t * groups + g];
                 if constexpr (kZeros) {
                     const vf shift =
-                        vmul(w.zero(g, first + v), vset(0.125F * static_cast<float>(eight)));
+                        vmul(int4_zero(w, g, first + v), vset(0.125F * static_cast<float>(eight)));
                     const vf product = vsub(vfrom_int(finish4(sum[t][v])), shift);
                     total[t][v] = vfma(product, scale, total[t][v]);
                 } else {
@@ -107,40 +127,22 @@ inline void int4_int8_tile(const Int4Block& w, int first, const Tokens& x, std::
             }
         }
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            vstore(out + (t0 + t) * kRows + (first + v) * kLanes, total[t][v]);
-        }
-    }
+    store(out + t0 * kRows, first, total);
 }
 
 template <int T, int V>
-inline void int8_int8_tile(const Layout& layout, const std::byte* block, int first, const Tokens& x,
-                           std::int64_t t0, float* out) {
-    const std::byte* line = block + first * kLanes * 4;
+inline void int8_int8_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
+                           float* out) {
+    const std::byte* line = w.codes + first * kLanes * 4;
     vf total[T][V];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            total[t][v] = vzero();
-        }
-    }
+    clear(total);
     const std::int8_t* codes = x.codes + t0 * x.padded;
     const std::int64_t groups = x.padded / kScaleGroup;
     const float* scales = x.scales + t0 * groups;
     const std::int32_t* eights = x.sums + t0 * groups;
     for (std::int64_t g = 0; g < groups; ++g) {
         vi sum[T][V];
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-                sum[t][v] = izero();
-            }
-        }
+        clear(sum);
 #pragma GCC unroll 8
         for (int step = 0; step < kGroupSteps; ++step) {
             fetch_ahead(line);
@@ -165,15 +167,7 @@ inline void int8_int8_tile(const Layout& layout, const std::byte* block, int fir
             }
         }
     }
-    const auto* row_scales = reinterpret_cast<const float*>(block + layout.code_bytes());
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            const int row = (first + v) * kLanes;
-            vstore(out + (t0 + t) * kRows + row, vmul(total[t][v], vload(row_scales + row)));
-        }
-    }
+    store_scaled(out + t0 * kRows, first, total, w.scales);
 }
 
 // acc[t] += w * x[t][input] for the weights w of one input
@@ -189,7 +183,7 @@ inline void add_input(vf (&acc)[T][V], const vf (&w)[V], const float* x, std::in
     }
 }
 
-// Adds the four inputs in the bytes of `words`: fields of `kBits` bits from bit `kFirst` on.
+// Adds the four inputs in the bytes of `words`: of each byte what `kMask` leaves from bit `kFirst` on.
 template <int kFirst, int kMask, int T, int V>
 inline void add_bytes(vf (&acc)[T][V], const vi (&words)[V], const vf (&zero)[V], const float* x,
                       std::int64_t stride) {
@@ -209,28 +203,20 @@ inline void add_bytes(vf (&acc)[T][V], const vi (&words)[V], const vf (&zero)[V]
 }
 
 template <int T, int V>
-inline void int4_float_tile(const Int4Block& w, int first, const Tokens& x, std::int64_t t0,
+inline void int4_float_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
                             float* out) {
     const std::byte* line = w.codes + first * kLanes * 4;
     const float* values = x.values + t0 * x.padded;
     vf total[T][V];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            total[t][v] = vzero();
-        }
-    }
-    for (std::int64_t g = 0; g < w.groups; ++g) {
+    const std::int64_t groups = x.padded / kScaleGroup;
+    clear(total);
+    for (std::int64_t g = 0; g < groups; ++g) {
         vf sum[T][V];
         vf zero[V];
+        clear(sum);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-            zero[v] = w.zeros != nullptr ? w.zero(g, first + v) : vset(8.0F);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                sum[t][v] = vzero();
-            }
+            zero[v] = w.zeros != nullptr ? int4_zero(w, g, first + v) : vset(8.0F);
         }
         for (int step = 0; step < kGroupSteps; step += 2) {
             vi both[V];
@@ -246,36 +232,27 @@ inline void int4_float_tile(const Int4Block& w, int first, const Tokens& x, std:
         }
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-            const vf scale = w.scale(g, first + v);
+            const vf scale = int4_scale(w, g, first + v);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
                 total[t][v] = vfma(sum[t][v], scale, total[t][v]);
             }
         }
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            vstore(out + (t0 + t) * kRows + (first + v) * kLanes, total[t][v]);
-        }
-    }
+    store(out + t0 * kRows, first, total);
 }
 
 template <int T, int V>
-inline void int8_float_tile(const Layout& layout, const std::byte* block, int first,
-                            const Tokens& x, std::int64_t t0, float* out) {
-    const std::byte* line = block + first * kLanes * 4;
+inline void int8_float_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
+                            float* out) {
+    const std::byte* line = w.codes + first * kLanes * 4;
     const float* values = x.values + t0 * x.padded;
     vf sum[T][V];
     vf zero[V];
+    clear(sum);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
         zero[v] = vset(128.0F);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-            sum[t][v] = vzero();
-        }
     }
     for (std::int64_t k = 0; k < x.padded; k += 4) {
         vi words[V];
@@ -287,32 +264,18 @@ inline void int8_float_tile(const Layout& layout, const std::byte* block, int fi
         line += kLine;
         add_bytes<0, 255>(sum, words, zero, values + k, x.padded);
     }
-    const auto* row_scales = reinterpret_cast<const float*>(block + layout.code_bytes());
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            const int row = (first + v) * kLanes;
-            vstore(out + (t0 + t) * kRows + row, vmul(sum[t][v], vload(row_scales + row)));
-        }
-    }
+    store_scaled(out + t0 * kRows, first, sum, w.scales);
 }
 
 template <int T, int V>
-inline void bf16_float_tile(const std::byte* block, int first, const Tokens& x, std::int64_t t0,
+inline void bf16_float_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
                             float* out) {
-    const std::byte* line = block + first * kLanes * 4;
+    const std::byte* line = w.codes + first * kLanes * 4;
     const float* values = x.values + t0 * x.padded;
     const vi upper = iset(static_cast<std::int32_t>(0xffff0000U));
     vf even[T][V], odd[T][V];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            even[t][v] = vzero();
-            odd[t][v] = vzero();
-        }
-    }
+    clear(even);
+    clear(odd);
     for (std::int64_t k = 0; k < x.padded; k += 2) {
         vf first_input[V], second_input[V];
         fetch_ahead(line);
@@ -330,9 +293,10 @@ inline void bf16_float_tile(const std::byte* block, int first, const Tokens& x, 
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-            vstore(out + (t0 + t) * kRows + (first + v) * kLanes, vadd(even[t][v], odd[t][v]));
+            even[t][v] = vadd(even[t][v], odd[t][v]);
         }
     }
+    store(out + t0 * kRows, first, even);
 }
 
 // Covers `count` tokens with tiles: tall ones, one vector of rows at a time, then what is left.
@@ -353,9 +317,8 @@ inline void cover(std::int64_t count, const Tile& tile) {
     }
 }
 
-void int4_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
-    const Int4Block w(layout, block);
-    if (layout.zero_points) {
+void int4_int8(const Block& w, const Tokens& x, float* out) {
+    if (w.zeros != nullptr) {
         cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
             int4_int8_tile<T, V, true>(w, first, x, t, out);
         });
@@ -366,27 +329,26 @@ void int4_int8(const Layout& layout, const std::byte* block, const Tokens& x, fl
     }
 }
 
-void int4_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
-    const Int4Block w(layout, block);
+void int4_float(const Block& w, const Tokens& x, float* out) {
     cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
         int4_float_tile<T, V>(w, first, x, t, out);
     });
 }
 
-void int8_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+void int8_int8(const Block& w, const Tokens& x, float* out) {
     cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-        int8_int8_tile<T, V>(layout, block, first, x, t, out);
+        int8_int8_tile<T, V>(w, first, x, t, out);
     });
 }
 
-void int8_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+void int8_float(const Block& w, const Tokens& x, float* out) {
     cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-        int8_float_tile<T, V>(layout, block, first, x, t, out);
+        int8_float_tile<T, V>(w, first, x, t, out);
     });
 }
 
-void bf16_float(const Layout& /*layout*/, const std::byte* block, const Tokens& x, float* out) {
+void bf16_float(const Block& w, const Tokens& x, float* out) {
     cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-        bf16_float_tile<T, V>(block, first, x, t, out);
+        bf16_float_tile<T, V>(w, first, x, t, out);
     });
 }

@@ -26,20 +26,20 @@ const Kernels& active_kernels() noexcept {
     return baseline::kKernels;
 }
 
+Block block_at(const Layout& layout, const std::byte* data) noexcept {
+    const std::byte* scales = data + layout.code_bytes();
+    const int shift = layout.group == 128 ? 2 : layout.group == 64 ? 1 : 0;
+    return {data, scales, layout.zero_points ? scales + layout.scale_bytes() : nullptr, shift};
+}
+
 Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<float, 2> out,
                 int threads) noexcept {
     const Layout& layout = w.layout;
     QS_TRY(check(layout));
     const std::int64_t tokens = x.extent[0];
-    if (x.extent[1] != layout.inputs) {
-        return invalid("x.shape[1]", x.extent[1], "", layout.inputs);
-    }
-    if (out.extent[0] != tokens) {
-        return invalid("out.shape[0]", out.extent[0], "", tokens);
-    }
-    if (out.extent[1] != layout.rows) {
-        return invalid("out.shape[1]", out.extent[1], "", layout.rows);
-    }
+    QS_TRY(same("x.shape[1]", x.extent[1], "", layout.inputs));
+    QS_TRY(same("out.shape[0]", out.extent[0], "", tokens));
+    QS_TRY(same("out.shape[1]", out.extent[1], "", layout.rows));
     if (compute == Compute::kInt8 && layout.format == Format::kBf16) {
         return invalid("compute", "int8", "float with bf16 weights");
     }
@@ -57,18 +57,18 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
     const BlockTimesTokens product = kernels.pick(layout.format, compute);
     const TokenRoom room(memory, tokens, padded, compute);
     parallel_for(tokens, tokens * padded < 16384 ? 1 : threads, [&](std::int64_t t) noexcept {
-        room.put(kernels, t, 0, x.at(t, 0), layout.inputs);
-        room.put_zeros(t, (layout.inputs + kScaleGroup - 1) / kScaleGroup * kScaleGroup);
+        room.put_token(kernels, t, x.at(t, 0), layout.inputs);
     });
     const std::int64_t blocks = layout.blocks();
     const std::int64_t run = std::max<std::int64_t>(1, blocks / (std::int64_t{16} * threads));
-    parallel_for((blocks + run - 1) / run, threads, [&](std::int64_t task) noexcept {
+    parallel_for(divide_up(blocks, run), threads, [&](std::int64_t task) noexcept {
         alignas(kAlign) std::array<float, kTokenChunk * kRows> tile;
         for (std::int64_t b = task * run; b < std::min(blocks, (task + 1) * run); ++b) {
+            const Block block = block_at(layout, w.block(b));
             const std::int64_t rows = std::min(kRows, layout.rows - b * kRows);
             for (std::int64_t t0 = 0; t0 < tokens; t0 += kTokenChunk) {
                 const std::int64_t count = std::min(kTokenChunk, tokens - t0);
-                product(layout, w.block(b), room.part(t0, count), tile.data());
+                product(block, room.part(t0, count), tile.data());
                 for (std::int64_t t = 0; t < count; ++t) {
                     std::copy_n(tile.data() + t * kRows, rows, out.at(t0 + t, b * kRows));
                 }

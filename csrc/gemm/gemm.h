@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/bf16.h"
+#include "common/round.h"
 #include "common/status.h"
 #include "common/view.h"
 
@@ -30,13 +31,10 @@ struct Layout {
     std::int64_t group = 0;    // inputs that share a weight's scale: int4 32, 64 or 128; else 0
     bool zero_points = false;  // int4 only; without, code 8 is zero
 
-    [[nodiscard]] constexpr std::int64_t blocks() const noexcept {
-        return (rows + kRows - 1) / kRows;
-    }
+    [[nodiscard]] constexpr std::int64_t blocks() const noexcept { return divide_up(rows, kRows); }
     // Inputs up to the end of the last group; codes beyond `inputs` are those of zero.
     [[nodiscard]] constexpr std::int64_t padded_inputs() const noexcept {
-        const std::int64_t step = format == Format::kInt4 ? group : kScaleGroup;
-        return (inputs + step - 1) / step * step;
+        return round_up(inputs, format == Format::kInt4 ? group : kScaleGroup);
     }
     [[nodiscard]] constexpr std::int64_t code_bytes() const noexcept {
         const std::int64_t codes = kRows * padded_inputs();
@@ -51,8 +49,7 @@ struct Layout {
         return zero_points ? kRows * (padded_inputs() / group) : 0;
     }
     [[nodiscard]] constexpr std::int64_t block_bytes() const noexcept {
-        const std::int64_t bytes = code_bytes() + scale_bytes() + zero_bytes();
-        return (bytes + kAlign - 1) / kAlign * kAlign;
+        return round_up(code_bytes() + scale_bytes() + zero_bytes(), kAlign);
     }
     [[nodiscard]] constexpr std::int64_t bytes() const noexcept { return blocks() * block_bytes(); }
 };

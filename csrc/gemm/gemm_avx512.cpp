@@ -1,7 +1,5 @@
 #include <immintrin.h>
 
-#include <algorithm>
-#include <array>
 #include <cstring>
 #include <limits>
 #include <type_traits>

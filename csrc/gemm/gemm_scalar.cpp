@@ -1,10 +1,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
-#include "gemm/kernel.h"
+#include "gemm/codes.h"
 
 // Every level's arithmetic, one number at a time: the integers are the same, the floats are
 // rounded after the product too.
@@ -12,41 +11,6 @@ namespace quernstone::gemm::baseline {
 namespace {
 
 using Row = std::array<float, kRows>;
-
-float from_bf16(const std::byte* at) {
-    std::uint16_t half = 0;
-    std::memcpy(&half, at, sizeof half);
-    const std::uint32_t bits = std::uint32_t{half} << 16;
-    float value = 0.0F;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Line by line: 16 rows of 4 bytes. A byte holds inputs 8 line + b and 8 line + b + 4.
-int int4_code(const std::byte* codes, std::int64_t row, std::int64_t input) {
-    const std::byte both = codes[input / 8 * 64 + row * 4 + input % 4];
-    return std::to_integer<int>(input % 8 < 4 ? both & std::byte{15} : both >> 4);
-}
-
-int int8_code(const std::byte* codes, std::int64_t row, std::int64_t input) {
-    return std::to_integer<int>(codes[input / 4 * 64 + row * 4 + input % 4]) - 128;
-}
-
-struct Int4 {
-    Int4(const Layout& layout, const std::byte* block)
-        : codes(block),
-          scales(block + layout.code_bytes()),
-          zeros(layout.zero_points ? scales + layout.scale_bytes() : nullptr),
-          group(layout.group) {}
-    [[nodiscard]] float scale(std::int64_t row, std::int64_t input) const {
-        return from_bf16(scales + 2 * (input / group * kRows + row));
-    }
-    [[nodiscard]] int zero(std::int64_t row, std::int64_t input) const {
-        return zeros == nullptr ? 8 : std::to_integer<int>(zeros[input / group * kRows + row]);
-    }
-    const std::byte *codes, *scales, *zeros;
-    std::int64_t group;
-};
 
 // out[t][row] = sum over groups of (integer product of a group) * weight(row, group) * scale(t, group)
 template <class Code, class Weight>
@@ -85,50 +49,42 @@ void float_product(const Tokens& x, float* out, const Weight& weight) {
     }
 }
 
-void int4_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
-    const Int4 w(layout, block);
-    integer_product(
-        x, out,
-        [&](std::int64_t row, std::int64_t k) {
-            return int4_code(w.codes, row, k) - w.zero(row, k);
-        },
-        [&](std::int64_t row, std::int64_t k) { return w.scale(row, k); });
-}
-
-void int4_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
-    const Int4 w(layout, block);
-    float_product(x, out, [&](std::int64_t row, std::int64_t k) {
-        return static_cast<float>(int4_code(w.codes, row, k) - w.zero(row, k)) * w.scale(row, k);
-    });
-}
-
-void scale_rows(const Layout& layout, const std::byte* block, std::int64_t tokens, float* out) {
-    const auto* scales = reinterpret_cast<const float*>(block + layout.code_bytes());
+void scale_rows(const Block& block, std::int64_t tokens, float* out) {
     for (std::int64_t t = 0; t < tokens; ++t) {
         for (std::int64_t row = 0; row < kRows; ++row) {
-            out[t * kRows + row] *= scales[row];
+            out[t * kRows + row] *= int8_scale(block, row);
         }
     }
 }
 
-void int8_int8(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+void int4_int8(const Block& w, const Tokens& x, float* out) {
     integer_product(
-        x, out, [&](std::int64_t row, std::int64_t k) { return int8_code(block, row, k); },
+        x, out, [&](std::int64_t row, std::int64_t k) { return int4_code(w, row, k); },
+        [&](std::int64_t row, std::int64_t k) { return int4_scale(w, row, k); });
+}
+
+void int4_float(const Block& w, const Tokens& x, float* out) {
+    float_product(x, out, [&](std::int64_t row, std::int64_t k) {
+        return static_cast<float>(int4_code(w, row, k)) * int4_scale(w, row, k);
+    });
+}
+
+void int8_int8(const Block& w, const Tokens& x, float* out) {
+    integer_product(
+        x, out, [&](std::int64_t row, std::int64_t k) { return int8_code(w, row, k); },
         [](std::int64_t, std::int64_t) { return 1.0F; });
-    scale_rows(layout, block, x.count, out);
+    scale_rows(w, x.count, out);
 }
 
-void int8_float(const Layout& layout, const std::byte* block, const Tokens& x, float* out) {
+void int8_float(const Block& w, const Tokens& x, float* out) {
     float_product(x, out, [&](std::int64_t row, std::int64_t k) {
-        return static_cast<float>(int8_code(block, row, k));
+        return static_cast<float>(int8_code(w, row, k));
     });
-    scale_rows(layout, block, x.count, out);
+    scale_rows(w, x.count, out);
 }
 
-void bf16_float(const Layout& /*layout*/, const std::byte* block, const Tokens& x, float* out) {
-    float_product(x, out, [&](std::int64_t row, std::int64_t k) {
-        return from_bf16(block + k / 2 * 64 + row * 4 + k % 2 * 2);
-    });
+void bf16_float(const Block& w, const Tokens& x, float* out) {
+    float_product(x, out, [&](std::int64_t row, std::int64_t k) { return bf16_weight(w, row, k); });
 }
 
 void quantize(const float* x, std::int64_t n, std::int64_t padded, std::int8_t* codes,

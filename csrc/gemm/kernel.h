@@ -7,7 +7,18 @@
 // What an instruction-set level gives: a block of weights times any number of tokens.
 namespace quernstone::gemm {
 
-// Tokens as a level wants them, made by Kernel::convert: codes of int8 with a scale per
+inline constexpr std::int64_t kLine = 64;  // bytes: 4 of every row of a block
+
+// The parts of a packed block; a plain struct, since the levels share no function.
+struct Block {
+    const std::byte* codes;
+    const std::byte* scales;
+    const std::byte* zeros;  // null: code 8 is zero
+    int group_shift;         // groups of 32 << group_shift inputs share an int4 scale
+};
+[[nodiscard]] Block block_at(const Layout& layout, const std::byte* data) noexcept;
+
+// Tokens as a level wants them, made by TokenRoom: codes of int8 with a scale per
 // kScaleGroup inputs, or fp32. Inputs beyond `inputs` are 0 up to `padded`.
 struct Tokens {
     const std::int8_t* codes;  // [t, padded]
@@ -20,8 +31,7 @@ struct Tokens {
 };
 
 // Writes out[t][0..kRows) for every token: t rows of kRows floats, row by row.
-using BlockTimesTokens = void (*)(const Layout& layout, const std::byte* block, const Tokens& x,
-                                  float* out);
+using BlockTimesTokens = void (*)(const Block& block, const Tokens& x, float* out);
 
 struct Kernels {
     BlockTimesTokens bf16_float, int8_float, int8_int8, int4_float, int4_int8;

@@ -42,7 +42,7 @@ struct TokenRoom {
     // their end and the end of their last group becomes 0.
     void put(const Kernels& kernels, std::int64_t t, std::int64_t begin, const float* x,
              std::int64_t n) const noexcept {
-        const std::int64_t end = (n + kScaleGroup - 1) / kScaleGroup * kScaleGroup;
+        const std::int64_t end = round_up(n, kScaleGroup);
         const std::int64_t at = t * padded + begin;
         if (values != nullptr) {
             std::memcpy(values + at, x, static_cast<std::size_t>(n) * sizeof *x);
@@ -50,6 +50,13 @@ struct TokenRoom {
             return;
         }
         kernels.quantize(x, n, end, codes + at, scales + at / kScaleGroup, sums + at / kScaleGroup);
+    }
+
+    // The whole row of token t: n numbers, then zeros.
+    void put_token(const Kernels& kernels, std::int64_t t, const float* x,
+                   std::int64_t n) const noexcept {
+        put(kernels, t, 0, x, n);
+        put_zeros(t, round_up(n, kScaleGroup));
     }
 
     // Zeros from `begin`, a multiple of kScaleGroup, to the end of the row.

@@ -140,10 +140,8 @@ class Forward {
 
     void take_inputs() const noexcept {
         const int threads = n_.tokens * e_.hidden < 16384 ? 1 : threads_;
-        const std::int64_t end = (e_.hidden + kScaleGroup - 1) / kScaleGroup * kScaleGroup;
         parallel_for(n_.tokens, threads, [&](std::int64_t t) noexcept {
-            tokens_.put(kernels_, t, 0, a_.x.at(t, 0), e_.hidden);
-            tokens_.put_zeros(t, end);
+            tokens_.put_token(kernels_, t, a_.x.at(t, 0), e_.hidden);
         });
         if (n_.tokens > 1) {
             parallel_for(n_.assignments, threads, [&](std::int64_t i) noexcept {
@@ -162,10 +160,10 @@ class Forward {
 
     // silu(gate x) * (up x), kept as the input of down.
     void feed_forward() const noexcept {
-        const std::int64_t units = (e_.intermediate + kUnit - 1) / kUnit;
+        const std::int64_t units = divide_up(e_.intermediate, kUnit);
         const std::int64_t all = units * active_count_;
         const std::int64_t run = std::max<std::int64_t>(1, all / (kTasksPerThread * threads_));
-        parallel_for((all + run - 1) / run, threads_, [&](std::int64_t task) noexcept {
+        parallel_for(divide_up(all, run), threads_, [&](std::int64_t task) noexcept {
             for (std::int64_t i = task * run; i < std::min(all, (task + 1) * run); ++i) {
                 make_unit(active_[i / units], i % units, i % units == units - 1);
             }
@@ -184,8 +182,8 @@ class Forward {
             for (std::int64_t part = 0; part < rows; part += kRows) {
                 const std::byte* pair =
                     expert(active.expert) + (first + part) / kRows * 2 * block_bytes;
-                product_(gate_, pair, x, gate.data());
-                product_(gate_, pair + block_bytes, x, up.data());
+                product_(gemm::block_at(gate_, pair), x, gate.data());
+                product_(gemm::block_at(gate_, pair + block_bytes), x, up.data());
                 kernels_.silu_multiply(gate.data(), up.data(), count * kRows);
                 for (std::int64_t t = 0; t < count; ++t) {
                     std::copy_n(gate.data() + t * kRows, kRows, inner.data() + t * kUnit + part);
@@ -205,7 +203,7 @@ class Forward {
     void project() const noexcept {
         const std::int64_t blocks = down_.blocks();
         const std::int64_t run = std::max<std::int64_t>(1, blocks / (kTasksPerThread * threads_));
-        parallel_for((blocks + run - 1) / run, threads_, [&](std::int64_t task) noexcept {
+        parallel_for(divide_up(blocks, run), threads_, [&](std::int64_t task) noexcept {
             const std::int64_t begin = task * run;
             const std::int64_t end = std::min(blocks, begin + run);
             const std::int64_t row = begin * kRows;
@@ -223,12 +221,12 @@ class Forward {
 
     void add_block(const Active& active, std::int64_t b) const noexcept {
         alignas(gemm::kAlign) std::array<float, kTokenChunk * kRows> tile;
-        const std::byte* block =
-            expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes();
+        const gemm::Block block = gemm::block_at(
+            down_, expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes());
         const std::int64_t rows = std::min(kRows, e_.hidden - b * kRows);
         for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
             const std::int64_t count = std::min(kTokenChunk, active.count - t0);
-            product_(down_, block, inner_.part(active.begin + t0, count), tile.data());
+            product_(block, inner_.part(active.begin + t0, count), tile.data());
             for (std::int64_t t = 0; t < count; ++t) {
                 const Assignment& to = assignments_[active.begin + t0 + t];
                 float* out = a_.out.at(to.token, b * kRows);
@@ -281,15 +279,12 @@ void place(const Experts& experts, const std::byte* gate, const std::byte* up,
 Status forward(const Experts& experts, const ForwardArgs& a, int threads) noexcept {
     QS_TRY(check(experts));
     Counts counts{a.x.extent[0], a.ids.extent[1], 0};
-    const auto same = [](const char* what, std::int64_t got, std::int64_t want) {
-        return got == want ? Status{} : invalid(what, got, "", want);
-    };
-    QS_TRY(same("x.shape[1]", a.x.extent[1], experts.hidden));
-    QS_TRY(same("ids.shape[0]", a.ids.extent[0], counts.tokens));
-    QS_TRY(same("weights.shape[0]", a.weights.extent[0], counts.tokens));
-    QS_TRY(same("weights.shape[1]", a.weights.extent[1], counts.choices));
-    QS_TRY(same("out.shape[0]", a.out.extent[0], counts.tokens));
-    QS_TRY(same("out.shape[1]", a.out.extent[1], experts.hidden));
+    QS_TRY(same("x.shape[1]", a.x.extent[1], "", experts.hidden));
+    QS_TRY(same("ids.shape[0]", a.ids.extent[0], "", counts.tokens));
+    QS_TRY(same("weights.shape[0]", a.weights.extent[0], "", counts.tokens));
+    QS_TRY(same("weights.shape[1]", a.weights.extent[1], "", counts.choices));
+    QS_TRY(same("out.shape[0]", a.out.extent[0], "", counts.tokens));
+    QS_TRY(same("out.shape[1]", a.out.extent[1], "", experts.hidden));
     if (a.compute == Compute::kInt8 && experts.format == gemm::Format::kBf16) {
         return invalid("compute", "int8", "float with bf16 weights");
     }

@@ -6,7 +6,7 @@
 #include "gemm/gemm.h"
 
 // Gated feed-forward experts on the CPU: down(silu(gate(x)) * up(x)), for tokens that a router
-// has sent to some of them. See README.md.
+// has sent to some of them. gemm/README.md has the layout of a matrix and the arithmetic.
 //
 // Axes: t tokens, c choices of a token, e experts, m hidden (model) width, f feed-forward width.
 namespace quernstone::moe {

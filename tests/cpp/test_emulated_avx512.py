@@ -12,6 +12,7 @@ import simde_py
 from tests.cpp.conftest import ROOT, run
 
 LEVELS = ("avx512", "avx512_bf16_vnni")
+KERNELS = ("tests/attention", "tests/gemm", "tests/moe")
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +30,11 @@ def emulated_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_attention_passes_its_tests_at_the_emulated_levels(emulated_package: Path) -> None:
+def test_kernels_pass_their_tests_at_the_emulated_levels(emulated_package: Path) -> None:
     environment = {"PYTHONPATH": str(emulated_package)}
     probe = "from quernstone import _core; print(*_core.isas())"
     levels = run(sys.executable, "-c", probe, **environment).split()
     assert set(LEVELS) <= set(levels)
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/attention", "-k", "avx512")
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNELS, "-k", "avx512")
     output = run(sys.executable, *tests, **environment)
     assert " passed" in output, output

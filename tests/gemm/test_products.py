@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 
-import quernstone
 from quernstone import _core
 from tests.gemm.cases import FORMS, Form, aligned, as_int8_groups, normal, packed
 
@@ -20,14 +17,6 @@ TOKENS = (1, 2, 3, 4, 5, 8, 13, 67)
 FLOAT, INT8 = 2e-6, 2e-4
 
 
-@pytest.fixture(params=quernstone.isas())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = quernstone.isa()
-    quernstone.set_isa(request.param)
-    yield request.param
-    quernstone.set_isa(before)
-
-
 def product(
     layout: _core.Layout, data: np.ndarray, x: np.ndarray, compute: str, outputs: int
 ) -> np.ndarray:
@@ -37,7 +26,7 @@ def product(
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_products_are_those_of_the_numbers(form: Form, level: str) -> None:
+def test_products_are_those_of_the_numbers(form: Form, isa: str) -> None:
     for outputs, inputs in SHAPES:
         layout, data, weights = packed(form, normal(outputs, inputs))
         for tokens in TOKENS:
@@ -62,7 +51,7 @@ def test_packed_numbers_come_back(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_token_is_the_same_in_any_company_and_on_any_threads(form: Form, level: str) -> None:
+def test_a_token_is_the_same_in_any_company_and_on_any_threads(form: Form, isa: str) -> None:
     layout, data, _ = packed(form, normal(50, 257))
     x = normal(13, 257, seed=1).numpy()
     before = torch.get_num_threads()
@@ -79,7 +68,7 @@ def test_a_token_is_the_same_in_any_company_and_on_any_threads(form: Form, level
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_number_that_is_not_finite_spoils_its_token_alone(
-    form: Form, bad: float, level: str
+    form: Form, bad: float, isa: str
 ) -> None:
     layout, data, _ = packed(form, normal(20, 70))
     x = normal(3, 70).numpy()
@@ -93,7 +82,7 @@ def test_a_number_that_is_not_finite_spoils_its_token_alone(
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e30])
-def test_activations_of_any_size(size: float, level: str) -> None:
+def test_activations_of_any_size(size: float, isa: str) -> None:
     layout, data, weights = packed(Form("int4", 32), normal(20, 64))
     x = (size * normal(2, 64)).numpy()
     got = product(layout, data, x, "int8", 20)

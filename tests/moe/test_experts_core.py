@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-import quernstone
 from quernstone import _core
 from tests.gemm.cases import FORMS, Form, aligned, normal, packed
 
@@ -20,14 +17,6 @@ EXPERTS, HIDDEN, INTERMEDIATE = 5, 96, 72
 Matrices = tuple[Tensor, Tensor, Tensor]
 # fp32 sums of 96 and 72 products; int8 activations keep 7 bits and a sign in each of two products.
 FLOAT, INT8 = 2e-6, 0.02
-
-
-@pytest.fixture(params=quernstone.isas())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = quernstone.isa()
-    quernstone.set_isa(request.param)
-    yield request.param
-    quernstone.set_isa(before)
 
 
 def experts(
@@ -81,7 +70,7 @@ def routed(tokens: int, choices: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_experts_are_those_of_their_numbers(form: Form, level: str) -> None:
+def test_experts_are_those_of_their_numbers(form: Form, isa: str) -> None:
     for hidden, intermediate in ((HIDDEN, INTERMEDIATE), (33, 17), (16, 130)):
         layout, data, numbers = experts(form, hidden, intermediate)
         for tokens, choices in ((1, 1), (1, 5), (2, 2), (7, 3), (150, 2)):
@@ -94,7 +83,7 @@ def test_experts_are_those_of_their_numbers(form: Form, level: str) -> None:
                 assert float((got - want).norm() / want.norm()) <= bound
 
 
-def test_a_layer_is_mixtrals(level: str) -> None:
+def test_a_layer_is_mixtrals(isa: str) -> None:
     config = MixtralConfig(
         hidden_size=64,
         intermediate_size=48,
@@ -125,7 +114,7 @@ def test_a_layer_is_mixtrals(level: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_token_is_the_same_in_any_company_and_on_any_threads(form: Form, level: str) -> None:
+def test_a_token_is_the_same_in_any_company_and_on_any_threads(form: Form, isa: str) -> None:
     layout, data, _ = experts(form)
     x = normal(13, HIDDEN)
     ids, weights = routed(13, 3)

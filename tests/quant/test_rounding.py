@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from quernstone.quant import Rounding, Scheme, quantize
+from quernstone.quant.tensor import by_scale, undo_by_scale
 from tests.quant.test_tensor import schemes, shapes
 
 
@@ -31,13 +32,8 @@ def test_unclipped_numbers_come_back_within_half_a_step(
         scheme = Scheme(scheme.bits, scheme.symmetric, scheme.granularity, scheme.group)
     x = size * normal(*shape, seed=seed)
     made = quantize(x, scheme)
-    flat = Scheme(8, granularity=scheme.granularity, group=scheme.group)
-    # What a scale covers: the steps of every number, by the same grouping.
-    from quernstone.quant.tensor import by_scale, undo_by_scale
-
-    steps = undo_by_scale(
-        made.scales.unsqueeze(-1).expand_as(by_scale(x, flat)).contiguous(), flat, shape
-    )
+    grouped = made.scales.unsqueeze(-1).expand_as(by_scale(x, scheme))
+    steps = undo_by_scale(grouped.contiguous(), scheme, shape)
     # bf16 rounds a scale by 2^-9, and the end of the range moves by that times half the levels;
     # a rounded zero point moves it by half a step.
     ends = (0.5 if not scheme.symmetric else 0.0) + scheme.levels * 2.0**-9 * (

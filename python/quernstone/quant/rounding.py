@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quernstone.quant.scheme import Scheme
-from quernstone.quant.tensor import QTensor, by_scale, groups_of, undo_by_scale
+from quernstone.quant.tensor import QTensor, by_scale, undo_by_scale
 
 Method = Literal["rtn", "gptq"]
 # The smallest scale, of a group of zeros too: products with codes stay normal numbers.
@@ -245,40 +245,33 @@ def _gptq(
             "that is; more calibration data or a larger damping"
         )
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    _, groups, width = groups_of(scheme, (outputs, inputs))
     whole = scheme.granularity != "group"
+    width = scheme.group
     # What later blocks owe to this one is one product; a group begins and ends in one block.
     block = 128 if whole else max(1, 128 // width) * width
-    scales = torch.empty(1 if scheme.granularity == "tensor" else outputs, groups)
-    zeros = None if scheme.symmetric else torch.empty_like(scales)
-    if whole:
-        first = by_scale(w.float(), scheme)
-        chosen = choose_scales(first, scheme, rounding, clips)
-        scales.copy_(chosen[0])
-        if zeros is not None and chosen[1] is not None:
-            zeros.copy_(chosen[1])
+    table = [choose_scales(by_scale(w.float(), scheme), scheme, rounding, clips)] if whole else []
     codes = torch.empty(outputs, inputs, dtype=torch.int16)
     for begin in range(0, inputs, block):
         end = min(begin + block, inputs)
         errors = torch.empty(outputs, end - begin, dtype=torch.float64)
         for i in range(begin, end):
-            group = 0 if whole else i // width
             if not whole and i % width == 0:
                 # Groups see what the inputs before them have left behind.
-                chosen = choose_scales(
-                    w[:, i : i + width].float().unsqueeze(1), scheme, rounding, clips
-                )
-                scales[:, group] = chosen[0][:, 0]
-                if zeros is not None and chosen[1] is not None:
-                    zeros[:, group] = chosen[1][:, 0]
-            scale = scales[:, group].double()
-            zero = 0.0 if zeros is None else zeros[:, group].double()
+                group = w[:, i : i + width].float().unsqueeze(1)
+                table.append(choose_scales(group, scheme, rounding, clips))
+            scales, zeros = table[-1]
+            scale = scales[:, 0].double()
+            zero = 0.0 if zeros is None else zeros[:, 0].double()
             code = rounding.codes(w[:, i] / scale + zero, scheme)
             codes[:, i] = code.to(torch.int16)
             error = (w[:, i] - (code - zero) * scale) / upper[i, i]
             errors[:, i - begin] = error
             w[:, i + 1 : end] -= error.unsqueeze(1) * upper[i, i + 1 : end]
         w[:, end:] -= errors @ upper[begin:end, end:]
+    zero_points = [zeros.to(torch.uint8) for _, zeros in table if zeros is not None]
     return QTensor.from_codes(
-        codes, scales, None if zeros is None else zeros.to(torch.uint8), scheme=scheme
+        codes,
+        torch.cat([scales for scales, _ in table], 1),
+        torch.cat(zero_points, 1) if zero_points else None,
+        scheme=scheme,
     )
