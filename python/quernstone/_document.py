@@ -1,11 +1,12 @@
-"""JSON documents of the package: whole or absent on the disk, and read with every field checked."""
+"""JSON documents of the package: written whole, and read with every field checked."""
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from quernstone._files import write_whole
 
 _T = TypeVar("_T")
 _WORDS: dict[type, str] = {
@@ -22,16 +23,7 @@ _WORDS: dict[type, str] = {
 def write(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     """Puts the document in the place of what the path holds, which stays whole until then."""
     content = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    target = Path(path).resolve()
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        with beside.open("x", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, content.encode())
 
 
 def read(path: str | os.PathLike[str], parse: Callable[[Any], _T]) -> _T:

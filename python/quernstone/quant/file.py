@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from quernstone._files import write_whole
 from quernstone.quant.scheme import Scheme
 from quernstone.quant.tensor import QTensor
 
@@ -41,7 +41,7 @@ def save(tensors: Mapping[str, QTensor], path: str | os.PathLike[str]) -> None:
             if value is not None:
                 parts[f"{name}.{part}"] = value.contiguous()
     metadata = {_VERSION_KEY: str(VERSION), _TENSORS_KEY: json.dumps(index)}
-    write_whole(Path(path), to_bytes(parts, metadata))
+    write_whole(path, to_bytes(parts, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
@@ -92,17 +92,3 @@ def _assemble(index: Any, parts: dict[str, Tensor]) -> dict[str, QTensor]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}.{error}") from None
     return tensors
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Puts a file in place in one step: whole, or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    written = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        written.chmod(0o644)
-        written.replace(path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
