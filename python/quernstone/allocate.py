@@ -5,17 +5,18 @@ something and lose something.
 """
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from numbers import Integral, Real
+from numbers import Real
 from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quernstone._checks import number
 
 # About a gigabyte of candidates.
 _MOST_CANDIDATES = 1 << 24
@@ -238,23 +239,13 @@ def _pairs(where: str, group: Iterable[tuple[float, float]]) -> list[tuple[float
             cost, loss = option
         except (TypeError, ValueError):
             raise TypeError(f"{where}[{at}]: got {option!r}, expected (cost, loss)") from None
-        cost, loss = _number(f"{where}[{at}] cost", cost), _number(f"{where}[{at}] loss", loss)
+        cost, loss = number(f"{where}[{at}] cost", cost), number(f"{where}[{at}] loss", loss)
         if cost < 0:
             raise ValueError(f"{where}[{at}] cost: got {cost}, expected 0 or more")
         pairs.append((cost, float(loss)))
     if not pairs:
         raise ValueError(f"{where}: got no option, expected one at least")
     return pairs
-
-
-def _number(where: str, value: object) -> float:
-    """An int where the value is one, otherwise a float."""
-    if not isinstance(value, Real):
-        raise TypeError(f"{where}: got {type(value).__name__}, expected a real number")
-    number: float = int(value) if isinstance(value, Integral) else float(value)
-    if not abs(number) <= sys.float_info.max:
-        raise ValueError(f"{where}: got {number}, expected a finite number")
-    return number
 
 
 def _limit(groups: Sequence[_Group], budget: Any) -> tuple[float, float]:
