@@ -1,3 +1,6 @@
+import numpy as np
+from numpy.typing import NDArray
+
 def load_torch(libtorch_cpu: str) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
@@ -10,3 +13,19 @@ def bench_copy_nt(to: int, source: int, bytes: int, prefetch_bytes: int) -> floa
 class attention:
     @staticmethod
     def last_forward_seconds() -> float: ...
+
+class moe:
+    @staticmethod
+    def replay_cache(
+        policy: str,
+        slots: int,
+        keys: int,
+        needed: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        first: NDArray[np.int64],
+        scores: NDArray[np.float64] | None = None,
+        next: NDArray[np.int64] | None = None,
+        remember: bool = True,
+        halve_every: int = 0,
+        alpha: float = 0.5,
+    ) -> NDArray[np.uint8]: ...

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quernstone import _core
+from quernstone.moe.cache import LFU, MRS, Belady, ExpectedReuse
 from quernstone.moe.cache.base import ExpertCache, whole
 from quernstone.moe.cache.policies import NEED_SCORES, Policy, check_policy, make_cache
 from quernstone.moe.stream import Stream, layer_stream, shared_stream
@@ -87,8 +89,13 @@ def replay(
         stream = shared_stream(trace) if shared else layer_stream(trace, column)
         layer = stream.layers[stream.step_of_request()]
         requests += np.bincount(layer, minlength=trace.layers)
+        run = (
+            _compiled(stream, policy, options)
+            if isinstance(policy, str)
+            else lambda slots, stream=stream: drive(stream, policy(slots))
+        )
         for row, point in enumerate(points):
-            hit = _run(stream, policy, point[column], options)
+            hit = run(point[column])
             hits[row] += np.bincount(layer[hit], minlength=trace.layers)
             missed = np.unique(stream.step_of_request()[~hit])
             stalls[row] += np.bincount(stream.layers[missed], minlength=trace.layers)
@@ -137,25 +144,36 @@ def _is_list(x: Any) -> bool:
     return isinstance(x, Sequence) and not isinstance(x, str)
 
 
-def _run(
-    stream: Stream,
-    policy: Policy | Callable[[int], ExpertCache],
-    slots: int,
-    options: dict[str, Any],
-) -> NDArray[np.bool_]:
-    """[n] whether each request hit."""
-    if isinstance(policy, str):
-        return replay_in_python(stream, policy, slots, options)
-    return drive(stream, policy(slots))
+def _compiled(
+    stream: Stream, policy: Policy, options: dict[str, Any]
+) -> Callable[[int], NDArray[np.bool_]]:
+    """What runs a stream through the compiled twin of a policy, by the number of slots."""
+    keys = stream.experts * (stream.trace.layers if stream.shared else 1)
+    arguments: dict[str, Any] = {}
+    # Made to have the options checked and their defaults filled in.
+    rules = _make(stream, policy, 0, options)
+    if isinstance(rules, LFU):
+        arguments = {"remember": rules.remember, "halve_every": rules.halve_every or 0}
+    elif isinstance(rules, MRS):
+        arguments = {"alpha": rules.alpha, "scores": stream.recent(rules.keep, rules.reduction)}
+    elif isinstance(rules, ExpectedReuse):
+        arguments = {"scores": stream.logs()}
+    elif isinstance(rules, Belady):
+        arguments = {"next": stream.next_steps()}
+
+    def run(slots: int) -> NDArray[np.bool_]:
+        of_stream = (stream.keys, stream.offsets, stream.first_keys())
+        hit = _core.moe.replay_cache(policy, slots, keys, *of_stream, **arguments)
+        return hit.view(np.bool_)
+
+    return run
 
 
 def replay_in_python(
     stream: Stream, policy: Policy, slots: int, options: dict[str, Any]
 ) -> NDArray[np.bool_]:
     """[n] whether each request hit, through the classes of `quernstone.moe.cache`."""
-    own = {"top_k": stream.trace.top_k} if policy == "mrs" else {}
-    future = list(stream) if policy == "belady" else None
-    return drive(stream, make_cache(policy, slots, future=future, **{**own, **options}))
+    return drive(stream, _make(stream, policy, slots, options))
 
 
 def drive(stream: Stream, cache: ExpertCache) -> NDArray[np.bool_]:
@@ -168,3 +186,10 @@ def drive(stream: Stream, cache: ExpertCache) -> NDArray[np.bool_]:
         for key in result.hits:
             hit[start + keys.index(key)] = True
     return hit
+
+
+def _make(stream: Stream, policy: Policy, slots: int, options: dict[str, Any]) -> ExpertCache:
+    needs: dict[str, Any] = {"future": list(stream)} if policy == "belady" else {}
+    if policy == "mrs":
+        needs["top_k"] = stream.trace.top_k
+    return make_cache(policy, slots, **(needs | options))

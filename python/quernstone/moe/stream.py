@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quernstone.moe.cache.reuse import log_scores
-from quernstone.moe.cache.scored import Reduction, recent_scores
+from quernstone.moe.cache.reuse import mean_over_tokens, uniform_shares
+from quernstone.moe.cache.scored import Reduction, recent_scores, top_p
 from quernstone.moe.trace import Trace
 
 
@@ -43,23 +44,38 @@ class Stream:
 
     def rows(self) -> Iterator[NDArray[np.float64]]:
         """The scores of each step, [tokens of the step, e]."""
-        scores = self.trace.scores
-        if scores is None:
-            raise ValueError("trace.scores: got None, expected scores, which the policy goes by")
+        scores = self._scores()
         ends = np.cumsum(np.bincount(self.trace.steps)).tolist()
-        tokens = list(pairwise((0, *ends)))
-        layers = np.unique(self.layers).tolist()
-        for start, end in tokens:
-            for layer in layers:
-                yield scores[layer, start:end].astype(np.float64)
+        for start, end in pairwise((0, *ends)):
+            for of_layer in scores:
+                yield of_layer[start:end].astype(np.float64)
 
     def recent(self, keep: int, reduction: Reduction) -> NDArray[np.float64]:
         """[s, e]: what MRS makes of each step's scores."""
+        if self.trace.number_of_steps == self.trace.tokens:
+            return top_p(self._one_row_a_step(), keep)
         return np.stack([recent_scores(rows, keep, reduction) for rows in self.rows()])
 
     def logs(self) -> NDArray[np.float64]:
         """[s, e]: what ExpectedReuse makes of them."""
-        return np.stack([log_scores(rows) for rows in self.rows()])
+        if self.trace.number_of_steps == self.trace.tokens:
+            shares = uniform_shares(self._one_row_a_step())
+        else:
+            shares = np.stack([uniform_shares(mean_over_tokens(rows)) for rows in self.rows()])
+        # Row by row as the cache takes them: NumPy's logarithm of a longer array may be another.
+        for row in shares:
+            np.log(row, out=row)
+        return shares
+
+    def _scores(self) -> NDArray[Any]:
+        """[l, t, e] of the layers in this stream."""
+        if self.trace.scores is None:
+            raise ValueError("trace.scores: got None, expected scores, which the policy goes by")
+        return self.trace.scores[np.unique(self.layers)]
+
+    def _one_row_a_step(self) -> NDArray[np.float64]:
+        in_turn = self._scores().swapaxes(0, 1).reshape(-1, self.experts)
+        return in_turn.astype(np.float64)
 
     def next_steps(self) -> NDArray[np.int64]:
         """[n]: the next step that needs the same key; the number of steps where there is none."""

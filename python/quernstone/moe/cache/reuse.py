@@ -45,7 +45,8 @@ class ExpectedReuse(ScoredCache):
         self._values: dict[int, float] = {}
 
     def _observe(self, keys: tuple[int, ...], scores: ArrayLike | None, first: int) -> None:
-        logs = log_scores(probabilities(scores, "ExpectedReuse"))
+        mean = mean_over_tokens(probabilities(scores, "ExpectedReuse"))
+        logs: NDArray[np.float64] = np.log(uniform_shares(mean))
         layer = self._layers.setdefault(first, _Layer(len(logs)))
         if len(logs) != layer.experts:
             raise ValueError(f"scores.shape: got {len(logs)} experts, expected {layer.experts}")
@@ -104,12 +105,14 @@ class _Layer:
         return value
 
 
-def log_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[e]: the log of a step's mean score of each expert, in shares of the uniform one."""
-    logs: NDArray[np.float64] = np.log(
-        scores.shape[1] * (sum_in_order(scores) / len(scores)) + FLOOR
-    )
-    return logs
+def uniform_shares(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., e]: scores in shares of the uniform one, kept off zero."""
+    return scores.shape[-1] * scores + FLOOR
+
+
+def mean_over_tokens(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    mean: NDArray[np.float64] = sum_in_order(rows) / len(rows)
+    return mean
 
 
 def _solve(matrix: NDArray[np.float64], right: NDArray[np.float64]) -> list[float] | None:

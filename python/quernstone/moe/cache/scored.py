@@ -58,28 +58,28 @@ class LFU(ScoredCache):
         self, slots: int, *, remember: bool = True, halve_every: int | None = None
     ) -> None:
         super().__init__(slots)
-        self._remember = remember
-        self._halve_every = None if halve_every is None else whole("halve_every", halve_every, 1)
+        self.remember = remember
+        self.halve_every = None if halve_every is None else whole("halve_every", halve_every, 1)
         self._uses: defaultdict[int, float] = defaultdict(float)
         self._steps = 0
 
     def _observe(self, keys: tuple[int, ...], scores: ArrayLike | None, first: int) -> None:
-        if self._halve_every and self._steps and self._steps % self._halve_every == 0:
+        if self.halve_every and self._steps and self._steps % self.halve_every == 0:
             for key in self._uses:
                 self._uses[key] /= 2.0
         self._steps += 1
-        if self._remember:
+        if self.remember:
             for key in keys:
                 self._uses[key] += 1.0
 
     def _touch(self, key: int, first_use: bool) -> None:
         super()._touch(key, first_use)
-        if not self._remember:
+        if not self.remember:
             self._uses[key] += 1.0
 
     def _admit(self, key: int) -> None:
         super()._admit(key)
-        if not self._remember:
+        if not self.remember:
             self._uses[key] = float(key in self._in_use)
 
     def _value(self, key: int) -> float:
@@ -139,19 +139,19 @@ class MRS(ScoredCache):
         self, slots: int, *, top_k: int, alpha: float = 0.5, reduction: Reduction = "mean"
     ) -> None:
         super().__init__(slots)
-        self._keep = 2 * whole("top_k", top_k, 1)
+        self.keep = 2 * whole("top_k", top_k, 1)
         if not 0.0 < alpha <= 1.0:
             raise ValueError(f"alpha: got {alpha}, expected above 0 and at most 1")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
-        self._alpha = alpha
-        self._reduction: Reduction = reduction
+        self.alpha = alpha
+        self.reduction: Reduction = reduction
         self._score: defaultdict[int, float] = defaultdict(float)
 
     def _observe(self, keys: tuple[int, ...], scores: ArrayLike | None, first: int) -> None:
-        recent = recent_scores(probabilities(scores, "MRS"), self._keep, self._reduction)
+        recent = recent_scores(probabilities(scores, "MRS"), self.keep, self.reduction)
         for expert, score in enumerate(recent.tolist(), first):
-            self._score[expert] = self._alpha * score + (1.0 - self._alpha) * self._score[expert]
+            self._score[expert] = self.alpha * score + (1.0 - self.alpha) * self._score[expert]
 
     def _value(self, key: int) -> float:
         return self._score[key]
