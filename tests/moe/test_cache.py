@@ -212,6 +212,49 @@ def test_a_cancelled_prefetch_frees_its_slot(policy: Policy) -> None:
     assert cache.resident == {1}
 
 
+def random_steps(seed: int) -> list[tuple[list[int], NDArray[np.float64]]]:
+    """Skewed, so that some experts come back soon and others do not."""
+    rng = np.random.default_rng(seed)
+    weights = np.arange(EXPERTS, 0, -1.0) / np.arange(EXPERTS, 0, -1.0).sum()
+    sizes = rng.integers(1, 3, 150)
+    return [
+        (rng.choice(EXPERTS, n, replace=False, p=weights).tolist(), rng.dirichlet(np.ones(EXPERTS)))
+        for n in sizes
+    ]
+
+
+@pytest.mark.parametrize("policy", ONLINE)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_cancelled_prefetch_leaves_no_trace(policy: Policy, seed: int) -> None:
+    plain, prefetched = cache_of(policy, 4), cache_of(policy, 4)
+    for key in range(4):
+        prefetched.insert(key)
+    for key in range(4):
+        prefetched.cancel(key)
+    for step, scores in random_steps(seed):
+        assert prefetched.step(step, scores) == plain.step(step, scores)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [*((policy, {}) for policy in ONLINE), ("lfu", {"remember": False})],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prefetch_that_is_used_is_worth_a_load_that_was(
+    policy: Policy, options: dict[str, Any], seed: int
+) -> None:
+    """Fetching it is no use of its own: the first one is that of the step."""
+    loaded, prefetched = cache_of(policy, 4, **options), cache_of(policy, 4, **options)
+    steps = random_steps(seed)
+    for key, (_, scores) in zip((0, 5, 2), steps, strict=False):
+        prefetched.insert(key)
+        prefetched.arrived(key)
+        assert loaded.step([key], scores).misses == prefetched.step([key], scores).hits == (key,)
+    for step, scores in steps:
+        assert prefetched.step(step, scores) == loaded.step(step, scores)
+
+
 @pytest.mark.parametrize("policy", ONLINE)
 def test_a_pinned_expert_stays_however_little_it_is_used(policy: Policy) -> None:
     cache = cache_of(policy, 2)

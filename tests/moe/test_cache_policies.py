@@ -75,17 +75,6 @@ def test_arc_keeps_what_was_used_twice_through_a_scan() -> None:
     assert {0, 1} <= cache.resident
 
 
-def test_a_prefetch_is_no_second_use() -> None:
-    """An expert that was prefetched and used once is worth one that was loaded and used once."""
-    for make in (ARC, S3FIFO, LFRU, LFU):
-        prefetched, loaded = make(3), make(3)
-        prefetched.insert(0)
-        prefetched.step([0])
-        loaded.step([0])
-        for step in ([1], [2], [1], [2], [3], [4], [5], [1]):
-            assert prefetched.step(step) == loaded.step(step), make
-
-
 def recent(scores: NDArray[np.float64], alpha: float, keep: int) -> NDArray[np.float64]:
     """S of MRS after each step, from the formula."""
     total = np.zeros(scores.shape[1])

@@ -106,7 +106,12 @@ def test_values_stay_finite_where_there_is_nothing_to_learn(experts: int, consta
 
 def test_a_singular_matrix_is_not_solved() -> None:
     assert _solve(np.array([[1.0, 2.0], [2.0, 4.0]]), np.ones(2)) is None
-    assert _solve(np.array([[0.0, 2.0], [4.0, 0.0]]), np.array([2.0, 4.0])) == [1.0, 1.0]
+
+
+def test_elimination_takes_the_pivot_that_is_furthest_from_zero() -> None:
+    assert _solve(np.array([[0.0, 2.0], [-4.0, 0.0]]), np.array([2.0, 4.0])) == [-1.0, 1.0]
+    tiny = np.array([[1e-20, 1.0], [-1.0, 1.0]])  # a pivot of 1e-20 would give 0, 1
+    assert _solve(tiny, np.array([1.0, 3.0])) == pytest.approx([-2.0, 1.0], rel=1e-12)
 
 
 def test_a_layer_does_not_change_its_number_of_experts() -> None:

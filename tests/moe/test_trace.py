@@ -164,6 +164,14 @@ def test_a_file_gives_back_what_was_written(
     assert_same(Trace.load(path), trace)
 
 
+@pytest.mark.parametrize("experts", [1, 254, 255, 256, 257, 32767])
+def test_the_last_expert_is_not_taken_for_none(tmp_path: Path, experts: int) -> None:
+    ids = np.array([[[experts - 1, -1]]] if experts > 1 else [[[0]]], dtype=np.int16)
+    trace = Trace(experts, ids, np.zeros(1, np.int32))
+    trace.save(tmp_path / "trace.npz")
+    assert_same(Trace.load(tmp_path / "trace.npz"), trace)
+
+
 def test_the_same_trace_gives_the_same_bytes(tmp_path: Path) -> None:
     ar1_trace(1, layers=2, tokens=50).save(tmp_path / "a.npz")
     ar1_trace(1, layers=2, tokens=50).save(tmp_path / "b.npz")

@@ -107,7 +107,8 @@ class _Layer:
 
 def uniform_shares(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """[..., e]: scores in shares of the uniform one, kept off zero."""
-    return scores.shape[-1] * scores + FLOOR
+    shares: NDArray[np.float64] = scores.shape[-1] * scores + FLOOR
+    return shares
 
 
 def mean_over_tokens(rows: NDArray[np.float64]) -> NDArray[np.float64]:
