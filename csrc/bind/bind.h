@@ -16,5 +16,6 @@ void register_attention(pybind11::module_& core);
 void register_quant(pybind11::module_& core);
 void register_gemm(pybind11::module_& core);
 void register_experts(pybind11::module_& core);
+void register_moe_cache(pybind11::module_& core);
 
 }  // namespace quernstone::bind

@@ -80,6 +80,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind::register_quant(m);
     bind::register_gemm(m);
     bind::register_experts(m);
+    bind::register_moe_cache(m);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");

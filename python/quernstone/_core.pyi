@@ -73,3 +73,19 @@ def experts_forward(
     compute: str,
     out: NDArray[np.float32],
 ) -> None: ...
+
+class moe:
+    @staticmethod
+    def replay_cache(
+        policy: str,
+        slots: int,
+        keys: int,
+        needed: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        first: NDArray[np.int64],
+        scores: NDArray[np.float64] | None = None,
+        next: NDArray[np.int64] | None = None,
+        remember: bool = True,
+        halve_every: int = 0,
+        alpha: float = 0.5,
+    ) -> NDArray[np.uint8]: ...

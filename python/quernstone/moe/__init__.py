@@ -1,0 +1,1 @@
+"""Mixture-of-experts inference where the experts do not fit: caches, traces, slots per layer."""
