@@ -29,13 +29,6 @@ inline Status same(const char* what, std::int64_t got, const char* want,
     return got == number ? Status{} : invalid(what, got, want, number);
 }
 
-#define QS_TRY(expression)                                            \
-    do {                                                              \
-        if (const Status qs_status = (expression); !qs_status.ok()) { \
-            return qs_status;                                         \
-        }                                                             \
-    } while (false)
-
 inline Status check_positions(const View<const std::int64_t, 1>& view, const char* shape,
                               const char* value, const Extents& e) noexcept {
     if (!view.present()) {

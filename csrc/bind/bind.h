@@ -12,4 +12,7 @@ void raise(const Status& status);
 // Operators of one vertical with torch, and its functions of _core.
 void register_attention(pybind11::module_& core);
 
+// Functions of _core.moe, which need no torch.
+void register_moe(pybind11::module_& core);
+
 }  // namespace quernstone::bind

@@ -98,4 +98,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         py::arg("to"), py::arg("source"), py::arg("bytes"), py::arg("prefetch_bytes"),
         py::call_guard<py::gil_scoped_release>(),
         "Seconds to copy a buffer once with stores that bypass the caches.");
+    bind::register_moe(m);
 }

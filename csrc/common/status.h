@@ -38,3 +38,11 @@ constexpr Status no_memory(const char* what, std::int64_t bytes) noexcept {
 }
 
 }  // namespace quernstone
+
+// Returns what is not ok.
+#define QS_TRY(expression)                                            \
+    do {                                                              \
+        if (const Status qs_status = (expression); !qs_status.ok()) { \
+            return qs_status;                                         \
+        }                                                             \
+    } while (false)

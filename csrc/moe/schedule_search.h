@@ -1,0 +1,72 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "common/status.h"
+#include "moe/schedule.h"
+
+// What the files of the scheduler share; nobody else includes it.
+namespace quernstone::moe {
+
+using Index = std::int32_t;
+template <class T>
+using Column = std::array<T, static_cast<std::size_t>(kMaxExperts)>;
+using Partition = Column<std::uint8_t>;  // by place in the list: 1 on the GPU
+
+// The experts of a layer in the order in which the GPU takes them: those whose
+// weights it has or is about to have, by arrival; then those to be moved, by
+// Johnson's rule. The CPU takes from the back. All columns are by place.
+struct List {
+    Index n = 0;
+    Index available = 0;  // places before it need no transfer
+    double cpu_first = 0.0, cpu_free = 0.0, gpu_free = 0.0, bus_free = 0.0;
+    Column<Index> expert;
+    Column<std::int64_t> load;
+    Column<double> ready;  // arrival, for available places
+    Column<double> cpu, gpu, transfer;
+
+    void make(const Layer& layer) noexcept;
+    [[nodiscard]] Ends evaluate(const Partition& on_gpu) const noexcept;
+};
+
+struct Search {
+    List list;
+    Partition best;
+    Ends ends;
+
+    // Scratch of the policies.
+    Partition trial;
+    Column<Index> by_load;             // places: available ones, then the others, each by load
+    Column<Index> queue;               // experts that the GPU of the event simulation may take
+    Column<double> arrival;            // of a place in the event simulation
+    Column<Index> key_order;           // places of each kind, cheapest for the CPU first
+    Column<double> key;                // what they are sorted by
+    std::array<double, kMaxExperts + 1> gpu_available;   // GPU end without the first a
+    std::array<double, kMaxExperts + 1> cpu_available;   // their sum on the CPU
+    std::array<double, kMaxExperts + 1> flow, gpu_moved; // the same for b of the others
+    std::array<double, kMaxExperts + 1> cpu_moved;
+    std::array<double, kMaxExperts + 1> before, bus_at;  // GPU and bus before a place
+    std::array<double, kMaxExperts + 1> work, path;      // of the places from one on
+
+    // Of a prefetch: arrivals as chosen so far.
+    std::array<Column<double>, kMaxDistance> arrivals;
+    std::array<Column<double>, kMaxDistance> drops;
+
+    void sort_by_load() noexcept;
+    // Takes `trial` where it is done earlier than `best`.
+    void offer() noexcept;
+};
+
+void assign_list(Search& search) noexcept;    // to trial
+void assign_event(Search& search) noexcept;   // to trial
+void search_hybrid(Search& search) noexcept;  // to best
+// To best, which a feasible partition has to be in already.
+[[nodiscard]] Status search_exact(Search& search) noexcept;
+
+// The partition of `policy` to best and ends; the layer has been checked.
+[[nodiscard]] Status choose(const Layer& layer, Policy policy, Search& search) noexcept;
+[[nodiscard]] Status check(const Layer& layer) noexcept;
+
+}  // namespace quernstone::moe
