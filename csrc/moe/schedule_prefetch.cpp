@@ -92,7 +92,7 @@ class Chooser {
             arrival = kNotCached;
             QS_TRY(status);
             // Rounding is no reason to use the bus.
-            s_.drops[l][i] = now - then > 1e-12 * now ? now - then : 0.0;
+            s_.drops[l][i] = now - then > kRounding * now ? now - then : 0.0;
         }
         return {};
     }

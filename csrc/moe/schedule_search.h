@@ -31,6 +31,32 @@ struct List {
     [[nodiscard]] Ends evaluate(const Partition& on_gpu) const noexcept;
 };
 
+// A partition of the places before one: where it leaves the three timelines,
+// and the least makespan that the others can make of it.
+struct Label {
+    double cpu, gpu, bus;
+    double bound;
+    std::uint32_t step;  // label of the place before it, times 2, + 1: last place on the GPU
+};
+
+struct LabelMemory {
+    std::size_t width = 0;               // labels that stay at each place
+    std::span<Label> now, runs;            // [2 width]
+    std::span<std::uint32_t> steps;      // [n, width]
+    std::span<std::uint32_t> order, rank;  // [2 width]
+    std::span<double> tree;              // [2 width]
+};
+
+// A relaxation of what is still open, of one machine beside the CPU.
+struct Relaxed {
+    Column<Index> order;
+    Column<double> ratio, cpu, other;
+};
+
+inline constexpr std::size_t kWidth = 16;
+// A makespan that is better by less than this share is the same but for rounding.
+inline constexpr double kRounding = 1e-12;
+
 struct Search {
     List list;
     Partition best;
@@ -41,14 +67,15 @@ struct Search {
     Column<Index> by_load;             // places: available ones, then the others, each by load
     Column<Index> queue;               // experts that the GPU of the event simulation may take
     Column<double> arrival;            // of a place in the event simulation
-    Column<Index> key_order;           // places of each kind, cheapest for the CPU first
-    Column<double> key;                // what they are sorted by
-    std::array<double, kMaxExperts + 1> gpu_available;   // GPU end without the first a
-    std::array<double, kMaxExperts + 1> cpu_available;   // their sum on the CPU
-    std::array<double, kMaxExperts + 1> flow, gpu_moved; // the same for b of the others
-    std::array<double, kMaxExperts + 1> cpu_moved;
-    std::array<double, kMaxExperts + 1> before, bus_at;  // GPU and bus before a place
-    std::array<double, kMaxExperts + 1> work, path;      // of the places from one on
+    Column<Index> cheapest;  // places of each kind, cheapest for the CPU first
+    // Without a of the available experts, without b of the others.
+    std::array<double, kMaxExperts + 1> gpu_available, cpu_available;
+    std::array<double, kMaxExperts + 1> flow, gpu_moved, cpu_moved;
+    std::array<Relaxed, 2> relaxed;
+    std::array<Label, 2 * kWidth> labels, label_runs;
+    std::array<std::uint32_t, kMaxExperts * kWidth> steps;
+    std::array<std::uint32_t, 2 * kWidth> label_order, label_rank;
+    std::array<double, 2 * kWidth> label_tree;
 
     // Of a prefetch: arrivals as chosen so far.
     std::array<Column<double>, kMaxDistance> arrivals;
@@ -62,6 +89,9 @@ struct Search {
 void assign_list(Search& search) noexcept;    // to trial
 void assign_event(Search& search) noexcept;   // to trial
 void search_hybrid(Search& search) noexcept;  // to best
+// Dynamic programming over the list, to best. False where labels had to be
+// dropped for want of width, so that better ones may be left.
+bool search_labels(Search& search, const LabelMemory& memory) noexcept;
 // To best, which a feasible partition has to be in already.
 [[nodiscard]] Status search_exact(Search& search) noexcept;
 
