@@ -24,10 +24,10 @@ using Flags = py::array_t<bool, py::array::c_style>;
 
 Policy parse_policy(const std::string& name) {
     static constexpr std::pair<const char*, Policy> kNames[] = {
-        {"fixed", Policy::kFixed},     {"gpu_only", Policy::kGpuOnly},
+        {"fixed", Policy::kFixed},      {"gpu_only", Policy::kGpuOnly},
         {"cpu_only", Policy::kCpuOnly}, {"fiddler", Policy::kFiddler},
-        {"list", Policy::kList},       {"event", Policy::kEvent},
-        {"hybrid", Policy::kHybrid},   {"exact", Policy::kExact},
+        {"list", Policy::kList},        {"event", Policy::kEvent},
+        {"hybrid", Policy::kHybrid},    {"exact", Policy::kExact},
     };
     for (const auto& [known, policy] : kNames) {
         if (name == known) {
@@ -63,9 +63,15 @@ using Starts = std::array<double, 4>;
 
 Layer layer(const Loads& loads, const Times& ready, const Times& cpu, const Times& gpu,
             const Times& transfer, const Starts& starts) {
-    return {row(loads, "loads.ndim"), row(ready, "ready.ndim"),       row(cpu, "cpu.ndim"),
-            row(gpu, "gpu.ndim"),     row(transfer, "transfer.ndim"), starts[0],
-            starts[1],                starts[2],                      starts[3]};
+    return {row(loads, "loads.ndim"),
+            row(ready, "ready.ndim"),
+            row(cpu, "cpu.ndim"),
+            row(gpu, "gpu.ndim"),
+            row(transfer, "transfer.ndim"),
+            starts[0],
+            starts[1],
+            starts[2],
+            starts[3]};
 }
 
 py::tuple schedule(const Loads& loads, const Times& ready, const Times& cpu, const Times& gpu,
@@ -166,11 +172,11 @@ py::tuple cancel(const Times& transfer, const Flags& needed, double elapsed, std
     py::array_t<bool> keep(n);
     py::array_t<double> arrival(n);
     double pcie_free = 0.0;
-    raise(moe::cancel(queue,
-                      {{reinterpret_cast<std::uint8_t*>(keep.mutable_data()),
-                        static_cast<std::size_t>(n)},
-                       fill(arrival)},
-                      pcie_free));
+    raise(moe::cancel(
+        queue,
+        {{reinterpret_cast<std::uint8_t*>(keep.mutable_data()), static_cast<std::size_t>(n)},
+         fill(arrival)},
+        pcie_free));
     return py::make_tuple(keep, arrival, pcie_free);
 }
 
@@ -183,9 +189,9 @@ void register_moe(pybind11::module_& core) {
           array("transfer"), py::arg("starts"), py::arg("policy"),
           "Device, order, start, end, transfer_start, transfer_end, "
           "(cpu, gpu, pcie, makespan). `starts`: cpu_first, cpu_free, gpu_free, pcie_free.");
-    m.def("seconds_to_schedule", &seconds_to_schedule, array("loads"), array("ready"),
-          array("cpu"), array("gpu"), array("transfer"), py::arg("starts"), py::arg("policy"),
-          py::arg("calls"), "Seconds of one schedule, without Python.");
+    m.def("seconds_to_schedule", &seconds_to_schedule, array("loads"), array("ready"), array("cpu"),
+          array("gpu"), array("transfer"), py::arg("starts"), py::arg("policy"), py::arg("calls"),
+          "Seconds of one schedule, without Python.");
     m.def("prefetch", &prefetch, py::arg("layers"), py::arg("budget"), py::arg("limit"),
           py::arg("policy"), "A list of (layer, expert, start, end, drop, gain), best first.");
     m.def("cancel", &cancel, array("transfer"), array("needed"), py::arg("elapsed"),

@@ -51,9 +51,9 @@ struct Ends {
 };
 
 struct Schedule {
-    std::span<std::uint8_t> device;             // [n] a Device
-    std::span<std::int32_t> order;              // [n] place in the queue of its device
-    std::span<double> start, end;               // [n]; cpu_first is within the first interval
+    std::span<std::uint8_t> device;                  // [n] a Device
+    std::span<std::int32_t> order;                   // [n] place in the queue of its device
+    std::span<double> start, end;                    // [n]; cpu_first is within the first interval
     std::span<double> transfer_start, transfer_end;  // [n] NaN where nothing is moved
 };
 

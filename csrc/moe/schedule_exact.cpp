@@ -13,11 +13,11 @@ constexpr std::size_t kMostWidth = std::size_t{1} << 20;
 bool run(Search& search, std::size_t width) {
     std::vector<Label> now(2 * width);
     std::vector<Label> runs(2 * width);
-    std::vector<std::uint32_t> steps(width * static_cast<std::size_t>(search.list.n));
+    std::vector<std::uint32_t> steps(4 * width);
     std::vector<std::uint32_t> order(2 * width);
     std::vector<std::uint32_t> rank(2 * width);
     std::vector<double> tree(2 * width);
-    return search_labels(search, {width, now, runs, steps, order, rank, tree});
+    return search_labels(search, {width, false, now, runs, steps, order, rank, tree});
 }
 
 }  // namespace

@@ -70,9 +70,9 @@ void assign_sorted(Search& s) noexcept {
     sum_up(s, order);
 
     const auto cpu = [&](Index a, Index b) {
-        return a + b == 0 ? 0.0
-                          : list.cpu_free + list.cpu_first +
-                                (s.cpu_available[at(a)] + s.cpu_moved[at(b)]);
+        return a + b == 0
+                   ? 0.0
+                   : list.cpu_free + list.cpu_first + (s.cpu_available[at(a)] + s.cpu_moved[at(b)]);
     };
     const auto gpu = [&](Index a, Index b) {
         return a + b == list.n
@@ -137,7 +137,7 @@ void search_hybrid(Search& search) noexcept {
     assign_event(search);
     search.offer();
     if (!uniform(search.list)) {
-        search_labels(search, {kWidth, search.labels, search.label_runs, search.steps,
+        search_labels(search, {kWidth, true, search.labels, search.label_runs, search.steps,
                                search.label_order, search.label_rank, search.label_tree});
     }
 }

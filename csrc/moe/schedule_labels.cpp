@@ -163,6 +163,7 @@ bool search_labels(Search& s, const LabelMemory& memory) noexcept {
     const std::span<Label> now = memory.now;
     now[0] = {list.cpu_free + list.cpu_first, list.gpu_free, list.bus_free, 0.0, 0};
     std::size_t size = 1;
+    std::size_t used = 0;
     bool all = true;
     const double enough = s.ends.makespan * (1.0 - kRounding);
     for (Index p = 0; p < list.n && size > 0; ++p) {
@@ -202,11 +203,18 @@ bool search_labels(Search& s, const LabelMemory& memory) noexcept {
         Label* const end = std::merge(left, left_end, right, right_end, memory.now.data(), earlier);
         size = keep_undominated(now.first(static_cast<std::size_t>(end - now.data())), memory);
         if (size > memory.width) {
-            size = trim(now.first(size), memory);
             all = false;
+            if (!memory.trims) {
+                return false;
+            }
+            size = trim(now.first(size), memory);
         }
+        if (used + size > memory.steps.size()) {
+            return false;
+        }
+        s.first_step[at(p)] = used;
         for (std::size_t i = 0; i < size; ++i) {
-            memory.steps[at(p) * memory.width + i] = now[i].step;
+            memory.steps[used++] = now[i].step;
         }
     }
     const auto done = [](const Label& label) { return std::max(label.cpu, label.gpu); };
@@ -216,7 +224,7 @@ bool search_labels(Search& s, const LabelMemory& memory) noexcept {
     }
     if (size > 0 && list.n > 0) {
         for (Index p = list.n; p-- > 0;) {
-            const std::uint32_t step = memory.steps[at(p) * memory.width + best];
+            const std::uint32_t step = memory.steps[s.first_step[at(p)] + best];
             s.trial[at(p)] = step & 1;
             best = step >> 1;
         }

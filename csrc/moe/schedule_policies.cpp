@@ -76,8 +76,8 @@ class Simulation {
 
     Search& s_;
     const List& list_;
-    Index queued_ = 0;                                     // of s_.queue, by descending load
-    Index front_ = list_.available, back_ = list_.n;       // of by_load: neither moved nor computed
+    Index queued_ = 0;                                // of s_.queue, by descending load
+    Index front_ = list_.available, back_ = list_.n;  // of by_load: neither moved nor computed
     double cpu_ = list_.cpu_free, gpu_ = list_.gpu_free, bus_ = list_.bus_free;
     double first_ = list_.cpu_first;
 };

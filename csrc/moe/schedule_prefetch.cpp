@@ -22,9 +22,8 @@ Status check_predicted(const Predicted& predicted) noexcept {
 }
 
 Status check_duration(double x, const char* what) noexcept {
-    return x >= 0.0 && x <= kMaxTime
-               ? Status{}
-               : invalid(what, "a number that is no time", "0 to 1e100");
+    return x >= 0.0 && x <= kMaxTime ? Status{}
+                                     : invalid(what, "a number that is no time", "0 to 1e100");
 }
 
 // The greedy choice over all layers.
@@ -52,8 +51,12 @@ class Chooser {
                 const double gain = s_.drops[l][i] * layers_[l].probability[i];
                 const double time = layer.transfer[i];
                 if (bus + time <= budget && gain * best_time > best.gain * time) {
-                    best = {static_cast<std::int32_t>(l), static_cast<std::int32_t>(i), bus,
-                            bus + time, s_.drops[l][i], gain};
+                    best = {static_cast<std::int32_t>(l),
+                            static_cast<std::int32_t>(i),
+                            bus,
+                            bus + time,
+                            s_.drops[l][i],
+                            gain};
                     best_time = time;
                 }
             }

@@ -40,11 +40,12 @@ struct Label {
 };
 
 struct LabelMemory {
-    std::size_t width = 0;               // labels that stay at each place
+    std::size_t width = 0;                 // labels that stay at each place
+    bool trims = false;                    // to the width; or else the search ends there
     std::span<Label> now, runs;            // [2 width]
-    std::span<std::uint32_t> steps;      // [n, width]
+    std::span<std::uint32_t> steps;        // of all labels that stayed
     std::span<std::uint32_t> order, rank;  // [2 width]
-    std::span<double> tree;              // [2 width]
+    std::span<double> tree;                // [2 width]
 };
 
 // A relaxation of what is still open, of one machine beside the CPU.
@@ -64,9 +65,9 @@ struct Search {
 
     // Scratch of the policies.
     Partition trial;
-    Column<Index> by_load;             // places: available ones, then the others, each by load
-    Column<Index> queue;               // experts that the GPU of the event simulation may take
-    Column<double> arrival;            // of a place in the event simulation
+    Column<Index> by_load;   // places: available ones, then the others, each by load
+    Column<Index> queue;     // experts that the GPU of the event simulation may take
+    Column<double> arrival;  // of a place in the event simulation
     Column<Index> cheapest;  // places of each kind, cheapest for the CPU first
     // Without a of the available experts, without b of the others.
     std::array<double, kMaxExperts + 1> gpu_available, cpu_available;
@@ -74,6 +75,7 @@ struct Search {
     std::array<Relaxed, 2> relaxed;
     std::array<Label, 2 * kWidth> labels, label_runs;
     std::array<std::uint32_t, kMaxExperts * kWidth> steps;
+    Column<std::size_t> first_step;  // of a place
     std::array<std::uint32_t, 2 * kWidth> label_order, label_rank;
     std::array<double, 2 * kWidth> label_tree;
 
@@ -89,10 +91,10 @@ struct Search {
 void assign_list(Search& search) noexcept;    // to trial
 void assign_event(Search& search) noexcept;   // to trial
 void search_hybrid(Search& search) noexcept;  // to best
-// Dynamic programming over the list, to best. False where labels had to be
-// dropped for want of width, so that better ones may be left.
+// Dynamic programming over the list, to best, which a feasible partition has to
+// be in already. False where labels had to be dropped for want of room, so that
+// there may be something better.
 bool search_labels(Search& search, const LabelMemory& memory) noexcept;
-// To best, which a feasible partition has to be in already.
 [[nodiscard]] Status search_exact(Search& search) noexcept;
 
 // The partition of `policy` to best and ends; the layer has been checked.
