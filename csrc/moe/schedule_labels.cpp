@@ -111,13 +111,12 @@ std::size_t keep_undominated(std::span<Label> labels, const LabelMemory& memory)
     for (std::uint32_t i = 0; i < labels.size(); ++i) {
         order[i] = i;
     }
+    // Of equal times the label that is seen first is ahead.
     std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
         return labels[a].gpu != labels[b].gpu ? labels[a].gpu < labels[b].gpu : a < b;
     });
     for (std::uint32_t i = 0; i < labels.size(); ++i) {
-        // Equal times have equal ranks.
-        const bool same = i > 0 && labels[order[i]].gpu == labels[order[i - 1]].gpu;
-        rank[order[i]] = same ? rank[order[i - 1]] : i;
+        rank[order[i]] = i;
     }
     Front front(memory.tree.first(labels.size()));
     std::size_t kept = 0;

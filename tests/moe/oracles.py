@@ -6,6 +6,7 @@ no partition into kinds. Each piece of work has a start; what shares a resource 
 
 import math
 from itertools import combinations
+from typing import Any
 
 import highspy
 
@@ -21,18 +22,16 @@ def least_makespan(layer: Layer) -> float:
     model.setOptionValue("mip_abs_gap", 1e-9)
     model.setOptionValue("threads", 1)
     arrivals = [t for t in layer.ready.tolist() if math.isfinite(t)]
-    horizon = max([*layer.starts[1:], *arrivals]) + sum(
-        float(x.sum()) for x in layer.columns[2:]
-    )
+    horizon = max([*layer.starts[1:], *arrivals]) + sum(float(x.sum()) for x in layer.columns[2:])
     horizon += layer.cpu_first
     end = model.addVariable(lb=0.0, ub=horizon)
     on_gpu = [model.addBinary() for _ in range(n)]
     any_on_cpu = model.addBinary()
 
-    def starts(lower: float) -> list[highspy.highs.highs_var]:
+    def starts(lower: float) -> list[Any]:
         return [model.addVariable(lb=lower, ub=horizon) for _ in range(n)]
 
-    def apart(i: int, j: int, start: list[highspy.highs.highs_var], costs: list[float], both) -> None:
+    def apart(i: int, j: int, start: list[Any], costs: list[float], both: Any) -> None:
         """`both` is 0 where i and j share the resource, more where they do not."""
         first = model.addBinary()
         model.addConstr(start[i] + costs[i] <= start[j] + horizon * (1 - first) + horizon * both)
@@ -52,9 +51,7 @@ def least_makespan(layer: Layer) -> float:
         if math.isfinite(layer.ready[i]):
             model.addConstr(on_device[i] >= float(layer.ready[i]) * on_gpu[i])
         else:
-            model.addConstr(
-                on_device[i] >= on_bus[i] + transfer[i] - 2 * horizon * (1 - on_gpu[i])
-            )
+            model.addConstr(on_device[i] >= on_bus[i] + transfer[i] - 2 * horizon * (1 - on_gpu[i]))
     for i, j in combinations(range(n), 2):
         apart(i, j, on_device, gpu, 2 - on_gpu[i] - on_gpu[j])
         apart(i, j, on_device, cpu, on_gpu[i] + on_gpu[j])

@@ -107,7 +107,11 @@ def test_policies_are_named() -> None:
         ({"layers": [LAYER] * 4, "probabilities": [1.0] * 4}, ValueError, "layers: got 4, exp.*3"),
         ({"probabilities": []}, ValueError, "probabilities: got 0, expected one for each of 1"),
         ({"probabilities": [[0.5, 0.5]]}, ValueError, r"probabilities\[0\].shape\[0\]: got 2"),
-        ({"probabilities": [1.1]}, ValueError, r"probabilities\[0\]\[0\]: got 1.1, expected 0 to 1"),
+        (
+            {"probabilities": [1.1]},
+            ValueError,
+            r"probabilities\[0\]\[0\]: got 1.1, expected 0 to 1",
+        ),
         ({"probabilities": [[0, 1, math.nan]]}, ValueError, r"probabilities\[0\]\[2\]: got nan"),
         ({"probabilities": ["sure"]}, TypeError, r"probabilities\[0\]: got dtype <U4"),
         ({"budget": -1.0}, ValueError, "budget: got -1.0, expected 0 to"),
@@ -204,7 +208,10 @@ def test_the_core_checks_prefetches_and_cancellations() -> None:
         ({"budget": math.nan}, "budget: got a number that is no time"),
         ({"limit": -1}, "limit: got -1, expected at least 0"),
         ({"layers": [tuple(layer)] * 4}, "layers: got 4, expected at most 3"),
-        ({"layers": [(*layer[:-1], np.ones(3))]}, r"probability.shape\[0\].*got 3, expected as many"),
+        (
+            {"layers": [(*layer[:-1], np.ones(3))]},
+            r"probability.shape\[0\].*got 3, expected as many",
+        ),
         ({"layers": [(*layer[:-1], np.array([1.0, 2.0]))]}, "probability: got a number that is no"),
     ]:
         call = {"layers": [tuple(layer)], "budget": 1.0, "limit": 9, "policy": "event"} | change

@@ -17,7 +17,9 @@ SCALARS = ("makespan", "cpu_end", "gpu_end", "pcie_end")
 @pytest.mark.parametrize("policy", HEURISTICS)
 def test_every_policy_is_its_plain_twin(policy: Policy) -> None:
     """Times are exact, so the twins agree to the bit."""
-    for layer in random_layers(250, seed=10, most=9) + random_layers(15, seed=11, least=18, most=24):
+    layers = random_layers(250, seed=10, most=9)
+    layers += random_layers(15, seed=11, least=18, most=24)
+    for layer in layers:
         got, want = schedule_layer(layer, policy), reference.schedule_layer(layer, policy)
         assert got.makespan == want.makespan
         if policy != "hybrid":  # which may find another partition that is as good

@@ -64,7 +64,10 @@ def test_the_optimum_of_many_equal_experts_is_found_by_counts() -> None:
     cached = np.arange(n) % 2 == 0
     layer = Layer(np.ones(n, np.int64), cached, np.full(n, 1.0), 0.5, 0.75)
     best = min(
-        max(float(on_cpu + other), max(0.5 * (512 - on_cpu + moved), 0.75 * moved + 0.5 * (moved > 0)))
+        max(
+            float(on_cpu + other),
+            max(0.5 * (512 - on_cpu + moved), 0.75 * moved + 0.5 * (moved > 0)),
+        )
         for on_cpu in range(513)
         for other in range(513)
         for moved in [512 - other]

@@ -45,16 +45,15 @@ def queue(layer: Layer) -> list[int]:
 def johnson(layer: Layer, experts: list[int]) -> list[int]:
     """Johnson's rule for transfer, then computation; larger loads break ties."""
 
-    def compare(i: int, j: int) -> float:
+    def compare(i: int, j: int) -> int:
         # i first where min(transfer_i, gpu_j) < min(transfer_j, gpu_i), made transitive by groups.
         fast_i, fast_j = (bool(layer.transfer[k] < layer.gpu[k]) for k in (i, j))
         if fast_i != fast_j:
             return -1 if fast_i else 1
-        if fast_i:
-            key = layer.transfer[i] - layer.transfer[j]
-        else:
-            key = layer.gpu[j] - layer.gpu[i]
-        return float(key) or float(layer.loads[j] - layer.loads[i]) or i - j
+        keys = [
+            (layer.transfer[k] if fast_i else -layer.gpu[k], -layer.loads[k], k) for k in (i, j)
+        ]
+        return -1 if keys[0] < keys[1] else 1
 
     return sorted(experts, key=cmp_to_key(compare))
 
@@ -193,10 +192,8 @@ def cheapest_on_cpu(layer: Layer) -> OnGpu:
     """The best of the partitions whose CPU side is the cheapest a cached and b other experts."""
     items = queue(layer)
     place = {i: items.index(i) for i in items}
-    kinds = [
-        sorted((i for i in items if cached(layer, i) == kind), key=lambda i: (layer.cpu[i], -place[i]))
-        for kind in (True, False)
-    ]  # fmt: skip
+    cheap = sorted(items, key=lambda i: (layer.cpu[i], -place[i]))
+    kinds = [[i for i in cheap if cached(layer, i) == kind] for kind in (True, False)]
     best: tuple[float, OnGpu] = math.inf, []
     for b in reversed(range(len(kinds[1]) + 1)):
         for a in range(len(kinds[0]) + 1):
@@ -269,9 +266,7 @@ def labels(layer: Layer, best: float, width: int = WIDTH) -> OnGpu | None:
             label: Label, on_gpu: dict[int, float] = on_gpu, on_bus: dict[int, float] = on_bus
         ) -> Label:
             least = relaxed(layer, label.cpu, label.gpu, on_gpu)
-            return label._replace(
-                bound=max(least, relaxed(layer, label.cpu, label.bus, on_bus))
-            )
+            return label._replace(bound=max(least, relaxed(layer, label.cpu, label.bus, on_bus)))
 
         trials = [x._replace(cpu=x.cpu + float(layer.cpu[i])) for x in now]
         for x in now:

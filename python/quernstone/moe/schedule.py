@@ -194,8 +194,10 @@ def schedule_layer(layer: Layer, policy: Policy = "hybrid") -> Schedule:
     if not isinstance(layer, Layer):
         raise TypeError(f"layer: got {type(layer).__name__}, expected a Layer")
     _check_policy(policy)
-    *columns, ends = _core.moe.schedule(*layer.columns, layer.starts, policy)
-    return Schedule(policy, *columns, *ends)
+    device, order, start, end, sent, arrived, ends = _core.moe.schedule(
+        *layer.columns, layer.starts, policy
+    )
+    return Schedule(policy, device, order, start, end, sent, arrived, *ends)
 
 
 class Prefetch(NamedTuple):
@@ -404,7 +406,6 @@ def _check_shape(name: str, x: NDArray[Any], count: int, one_for_all: bool) -> N
 def _time(name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float | np.floating | np.integer):
         raise TypeError(f"{name}: got {type(x).__name__} {x!r}, expected float")
-    time = float(x) if abs(x) <= MAX_TIME else x
-    if not 0 <= time <= MAX_TIME:
+    if not 0 <= x <= MAX_TIME:
         raise ValueError(f"{name}: got {x}, expected 0 to {MAX_TIME:g}")
-    return float(time)
+    return float(x)
