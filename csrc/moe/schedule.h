@@ -59,7 +59,7 @@ struct Schedule {
 
 struct Search;
 
-// Scratch of one thread: some 200 kB, made once. Only kExact allocates beside it.
+// Scratch of one thread: some 300 kB, made once. Only kExact allocates beside it.
 class Workspace {
    public:
     Workspace() noexcept;  // check ready() before use

@@ -215,11 +215,16 @@ def test_cached_flags_are_worth_arrivals() -> None:
 
 
 def test_a_layer_keeps_what_it_was_made_of() -> None:
-    cpu = np.array([1.0, 4.0, 2.0, 8.0, 1.0])
-    layer = small(cpu=cpu)
-    before = schedule_layer(layer, "cpu_only").makespan
-    cpu[:] = 100.0
-    assert schedule_layer(layer, "cpu_only").makespan == before
+    own = {"cpu": np.array([1.0, 4.0, 2.0, 8.0, 1.0]), "loads": np.array([1, 4, 2, 8, 1])}
+    layer = small(**own)
+    before = schedule_layer(layer, "event")
+    for name, column in own.items():
+        column[:] = 100
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(layer, name)[0] = 1
+    after = schedule_layer(layer, "event")
+    assert after.makespan == before.makespan
+    np.testing.assert_array_equal(after.order, before.order)
 
 
 def test_scaling_every_time_scales_the_schedule() -> None:

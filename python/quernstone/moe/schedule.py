@@ -99,6 +99,7 @@ class Layer:
             "pcie_free": pcie_free,
         }
         for name, column in columns.items():
+            column.flags.writeable = False
             object.__setattr__(self, name, column)
         for name, start in starts.items():
             object.__setattr__(self, name, _time(name, start))
@@ -359,7 +360,7 @@ def _loads(x: ArrayLike) -> NDArray[np.int64]:
         raise TypeError(f"loads: got dtype {loads.dtype}, expected an integer one")
     for bad in np.flatnonzero((loads < 1) | (loads > np.iinfo(np.int64).max))[:1]:
         raise ValueError(f"loads[{bad}]: got {loads[bad]}, expected 1 or more and below 2^63")
-    return np.ascontiguousarray(loads, dtype=np.int64)
+    return np.array(loads, dtype=np.int64, order="C")
 
 
 def _ready(x: ArrayLike, count: int) -> Floats:
