@@ -12,10 +12,13 @@ void raise(const Status& status);
 // Operators of one vertical with torch, and its functions of _core.
 void register_attention(pybind11::module_& core);
 
-// Functions of _core that take numpy arrays.
+// Functions of _core that take numpy arrays and need no torch.
 void register_quant(pybind11::module_& core);
 void register_gemm(pybind11::module_& core);
-void register_experts(pybind11::module_& core);
-void register_moe_cache(pybind11::module_& core);
+
+// Functions of _core.moe.
+void register_moe_experts(pybind11::module_& moe);
+void register_moe_cache(pybind11::module_& moe);
+void register_moe_schedule(pybind11::module_& moe);
 
 }  // namespace quernstone::bind

@@ -79,9 +79,8 @@ py::array_t<std::uint8_t> replay_cache(const std::string& policy, std::int64_t s
 
 }  // namespace
 
-void register_moe_cache(py::module_& core) {
-    auto m = core.def_submodule("moe", "Experts that do not fit.");
-    m.def("replay_cache", &replay_cache, py::arg("policy"), py::arg("slots"), py::arg("keys"),
+void register_moe_cache(py::module_& moe) {
+    moe.def("replay_cache", &replay_cache, py::arg("policy"), py::arg("slots"), py::arg("keys"),
           py::arg("needed").noconvert(), py::arg("offsets").noconvert(),
           py::arg("first").noconvert(), py::arg("scores").noconvert() = py::none(),
           py::arg("next").noconvert() = py::none(), py::arg("remember") = true,

@@ -79,8 +79,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "The instruction-set level in use.");
     bind::register_quant(m);
     bind::register_gemm(m);
-    bind::register_experts(m);
-    bind::register_moe_cache(m);
+    auto moe = m.def_submodule("moe", "Mixture-of-experts inference on a CPU beside a GPU.");
+    bind::register_moe_experts(moe);
+    bind::register_moe_cache(moe);
+    bind::register_moe_schedule(moe);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");

@@ -41,40 +41,45 @@ def multiply(
     out: NDArray[np.float32],
 ) -> None: ...
 
-class ExpertsLayout:
-    def __init__(
-        self,
-        format: str,
-        count: int,
-        hidden: int,
-        intermediate: int,
-        group: int = 0,
-        zero_points: bool = False,
-    ) -> None: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def expert_bytes(self) -> int: ...
-
-def place_expert(
-    layout: ExpertsLayout,
-    index: int,
-    gate: NDArray[np.uint8],
-    up: NDArray[np.uint8],
-    down: NDArray[np.uint8],
-    out: NDArray[np.uint8],
-) -> None: ...
-def experts_forward(
-    layout: ExpertsLayout,
-    packed: NDArray[np.uint8],
-    x: NDArray[np.float32],
-    ids: NDArray[np.int64],
-    weights: NDArray[np.float32],
-    compute: str,
-    out: NDArray[np.float32],
-) -> None: ...
+_Ints = NDArray[np.int64]
+_Floats = NDArray[np.float64]
+_Starts = tuple[float, float, float, float]
 
 class moe:
+    class ExpertsLayout:
+        def __init__(
+            self,
+            format: str,
+            count: int,
+            hidden: int,
+            intermediate: int,
+            group: int = 0,
+            zero_points: bool = False,
+        ) -> None: ...
+        @property
+        def bytes(self) -> int: ...
+        @property
+        def expert_bytes(self) -> int: ...
+
+    @staticmethod
+    def place_expert(
+        layout: moe.ExpertsLayout,
+        index: int,
+        gate: NDArray[np.uint8],
+        up: NDArray[np.uint8],
+        down: NDArray[np.uint8],
+        out: NDArray[np.uint8],
+    ) -> None: ...
+    @staticmethod
+    def experts_forward(
+        layout: moe.ExpertsLayout,
+        packed: NDArray[np.uint8],
+        x: NDArray[np.float32],
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        compute: str,
+        out: NDArray[np.float32],
+    ) -> None: ...
     @staticmethod
     def replay_cache(
         policy: str,
@@ -89,3 +94,37 @@ class moe:
         halve_every: int = 0,
         alpha: float = 0.5,
     ) -> NDArray[np.uint8]: ...
+    @staticmethod
+    def schedule(
+        loads: _Ints,
+        ready: _Floats,
+        cpu: _Floats,
+        gpu: _Floats,
+        transfer: _Floats,
+        starts: _Starts,
+        policy: str,
+    ) -> tuple[
+        NDArray[np.uint8], NDArray[np.int32], _Floats, _Floats, _Floats, _Floats, _Starts
+    ]: ...
+    @staticmethod
+    def seconds_to_schedule(
+        loads: _Ints,
+        ready: _Floats,
+        cpu: _Floats,
+        gpu: _Floats,
+        transfer: _Floats,
+        starts: _Starts,
+        policy: str,
+        calls: int,
+    ) -> float: ...
+    @staticmethod
+    def prefetch(
+        layers: list[tuple[_Ints, _Floats, _Floats, _Floats, _Floats, _Starts, _Floats]],
+        budget: float,
+        limit: int,
+        policy: str,
+    ) -> list[tuple[int, int, float, float, float, float]]: ...
+    @staticmethod
+    def cancel(
+        transfer: _Floats, needed: NDArray[np.bool_], elapsed: float, tiles: int, now: float
+    ) -> tuple[NDArray[np.bool_], _Floats, float]: ...

@@ -21,9 +21,9 @@ FLOAT, INT8 = 2e-6, 0.02
 
 def experts(
     form: Form, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
-) -> tuple[_core.ExpertsLayout, NDArray[np.uint8], list[Matrices]]:
+) -> tuple[_core.moe.ExpertsLayout, NDArray[np.uint8], list[Matrices]]:
     """Layout and bytes of a layer, and gate, up and down of each expert as its numbers are."""
-    layout = _core.ExpertsLayout(
+    layout = _core.moe.ExpertsLayout(
         form.format, EXPERTS, hidden, intermediate, form.group, form.zero_points
     )
     data = aligned(layout.bytes)
@@ -31,7 +31,7 @@ def experts(
     for e in range(EXPERTS):
         shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
         parts = [packed(form, normal(*s, seed=3 * e + i) / 8) for i, s in enumerate(shapes)]
-        _core.place_expert(layout, e, *(part[1] for part in parts), data)
+        _core.moe.place_expert(layout, e, *(part[1] for part in parts), data)
         gate, up, down = (torch.from_numpy(part[2]) for part in parts)
         numbers.append((gate, up, down))
     return layout, data, numbers
@@ -50,7 +50,7 @@ def expected(numbers: list[Matrices], x: Tensor, ids: Tensor, weights: Tensor) -
 
 
 def forward(
-    layout: _core.ExpertsLayout,
+    layout: _core.moe.ExpertsLayout,
     data: NDArray[np.uint8],
     x: Tensor,
     ids: Tensor,
@@ -58,7 +58,7 @@ def forward(
     compute: str,
 ) -> Tensor:
     out = np.full(tuple(x.shape), np.nan, np.float32)
-    _core.experts_forward(layout, data, x.numpy(), ids.numpy(), weights.numpy(), compute, out)
+    _core.moe.experts_forward(layout, data, x.numpy(), ids.numpy(), weights.numpy(), compute, out)
     return torch.from_numpy(out)
 
 
@@ -101,14 +101,14 @@ def test_a_layer_is_mixtrals(isa: str) -> None:
         probabilities = (x @ block.gate.weight.T).softmax(-1)
     top = probabilities.topk(2)
     weights = top.values / top.values.sum(-1, keepdim=True)
-    layout = _core.ExpertsLayout("bf16", EXPERTS, 64, 48)
+    layout = _core.moe.ExpertsLayout("bf16", EXPERTS, 64, 48)
     data = aligned(layout.bytes)
     for e in range(EXPERTS):
         gate, up = block.experts.gate_up_proj[e].detach().chunk(2)
         parts = [
             packed(Form("bf16"), m.detach())[1] for m in (gate, up, block.experts.down_proj[e])
         ]
-        _core.place_expert(layout, e, *parts, data)
+        _core.moe.place_expert(layout, e, *parts, data)
     ours = forward(layout, data, x, top.indices, weights.contiguous(), "float")
     assert float((ours - theirs).norm() / theirs.norm()) <= FLOAT
 
@@ -175,6 +175,6 @@ def test_names_the_shape_that_disagrees() -> None:
     with pytest.raises(ValueError, match="packed: bytes"):
         forward(layout, data[:-64], normal(2, HIDDEN), ids, weights, "int8")
     with pytest.raises(ValueError, match="experts: got 0, expected 1 to"):
-        _core.ExpertsLayout("bf16", 0, 16, 16)
+        _core.moe.ExpertsLayout("bf16", 0, 16, 16)
     with pytest.raises(ValueError, match="index: got 5, expected 0 to 4"):
-        _core.place_expert(layout, 5, data, data, data, data)
+        _core.moe.place_expert(layout, 5, data, data, data, data)

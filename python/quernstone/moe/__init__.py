@@ -1,1 +1,25 @@
-"""Mixture-of-experts inference where the experts do not fit: caches, traces, slots per layer."""
+"""Mixture-of-experts inference on a CPU beside a GPU: which expert is computed where, and when."""
+
+from quernstone.moe import reference_schedule
+from quernstone.moe.schedule import (
+    Kept,
+    Layer,
+    Policy,
+    Prefetch,
+    Schedule,
+    cancel,
+    prefetch,
+    schedule_layer,
+)
+
+__all__ = [
+    "Kept",
+    "Layer",
+    "Policy",
+    "Prefetch",
+    "Schedule",
+    "cancel",
+    "prefetch",
+    "reference_schedule",
+    "schedule_layer",
+]

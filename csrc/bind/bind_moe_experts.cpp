@@ -44,16 +44,16 @@ void forward(const moe::Experts& layout, const Array<std::uint8_t>& packed, cons
 
 }  // namespace
 
-void register_experts(py::module_& core) {
-    py::class_<moe::Experts>(core, "ExpertsLayout", "How the experts of a layer lie in memory.")
+void register_moe_experts(py::module_& m) {
+    py::class_<moe::Experts>(m, "ExpertsLayout", "How the experts of a layer lie in memory.")
         .def(py::init(&experts), py::arg("format"), py::arg("count"), py::arg("hidden"),
              py::arg("intermediate"), py::arg("group") = 0, py::arg("zero_points") = false)
         .def_property_readonly("bytes", &moe::Experts::bytes)
         .def_property_readonly("expert_bytes", &moe::Experts::expert_bytes);
-    core.def("place_expert", &place, py::arg("layout"), py::arg("index"),
+    m.def("place_expert", &place, py::arg("layout"), py::arg("index"),
              py::arg("gate").noconvert(), py::arg("up").noconvert(), py::arg("down").noconvert(),
              py::arg("out").noconvert(), "Copies one expert's packed matrices to its place.");
-    core.def("experts_forward", &forward, py::arg("layout"), py::arg("packed").noconvert(),
+    m.def("experts_forward", &forward, py::arg("layout"), py::arg("packed").noconvert(),
              py::arg("x").noconvert(), py::arg("ids").noconvert(), py::arg("weights").noconvert(),
              py::arg("compute"), py::arg("out").noconvert(),
              "The weighted sum of a token's experts.");
