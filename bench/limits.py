@@ -80,6 +80,19 @@ def read_bandwidth(quick: bool) -> Bandwidth:
     return _sweep(quick, buffers=1, run=lambda at, size, far: _core.bench_read(at[0], size, far))
 
 
+@contextlib.contextmanager
+def reading() -> Iterator[Limit]:
+    """Reading DRAM at the best of the settings, for the rounds of a row."""
+    best = read_bandwidth(quick=True)
+    with buffer(best.size, best.page) as address:
+        yield Limit(
+            f"DRAM read, {best.words()}",
+            lambda: _core.bench_read(address, best.size, best.prefetch),
+            best.size,
+            "GB/s",
+        )
+
+
 def copy_bandwidth(quick: bool) -> Bandwidth:
     return _sweep(
         quick, buffers=2, run=lambda at, size, far: _core.bench_copy_nt(at[0], at[1], size, far)

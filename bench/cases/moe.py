@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quernstone.moe import Layer
+from quernstone.moe import PRESETS, CostModel, ExpertsShape, Layer
+from quernstone.moe import MODELS as PUBLISHED
 
 Loads = NDArray[np.int64]
 # Stand-ins of HybriMoE's public repository for all its models, which asks that they be measured.
@@ -80,55 +81,28 @@ class Model:
     """The routed experts of one layer."""
 
     name: str
-    hidden: int
-    width: int
-    experts: int
-    top_k: int
     repository_cpu: float
     """ms a token on the CPU, from the comments of HybriMoE's repository."""
 
     @property
-    def weights(self) -> int:
-        """Of one expert: gate, up and down projection."""
-        return 3 * self.hidden * self.width
+    def shape(self) -> ExpertsShape:
+        """Of its experts, in int4 in groups of 32."""
+        of = PUBLISHED[self.name]
+        return ExpertsShape(of.experts, of.hidden, of.intermediate)
+
+    @property
+    def top_k(self) -> int:
+        return PUBLISHED[self.name].top_k
 
 
 MODELS = [
-    Model("mixtral-8x7b", 4096, 14336, 8, 2, 0.2),
-    Model("deepseek-v2-lite", 2048, 1408, 64, 6, 1.0),
-    Model("qwen2-57b-a14b", 3584, 2560, 64, 8, 0.8),
+    Model("mixtral-8x7b", 0.2),
+    Model("deepseek-v2-lite", 1.0),
+    Model("qwen2-57b-a14b", 0.8),
 ]
-
-
-class Constant(NamedTuple):
-    """A figure that the simulated times rest on, and where it comes from."""
-
-    value: float
-    unit: str
-    tag: Literal["published", "assumed"]
-    words: str
-
-    def __str__(self) -> str:
-        return f"{self.words}: {self.value:g} {self.unit} ({self.tag})"
-
-
-# The machine of HybriMoE's evaluation: RTX A6000, Xeon Gold 5220R limited to ten cores.
-BITS = Constant(4.5, "bits/weight", "assumed", "int4 in groups of 32 with a scale of 16 bits")
-PCIE = Constant(31.5, "GB/s", "published", "PCIe 4.0 x16, 16 GT/s with 128b/130b")
-DRAM = Constant(128.0, "GB/s", "published", "six channels of DDR4-2667")
-HBM = Constant(768.0, "GB/s", "published", "RTX A6000 memory")
-TENSOR = Constant(154.8, "TFLOP/s", "published", "RTX A6000 fp16 tensor cores, dense")
-PCIE_SHARE = Constant(0.8, "of peak", "assumed", "pinned copies")
-DRAM_SHARE = Constant(0.6, "of peak", "assumed", "ten cores reading weights")
-HBM_SHARE = Constant(0.8, "of peak", "assumed", "GPU reading weights")
-TENSOR_SHARE = Constant(0.5, "of peak", "assumed", "int4 matrix products on the GPU")
-CPU_FLOPS = Constant(0.5, "TFLOP/s", "assumed", "int4 matrix products on ten cores")
-LAUNCH = Constant(0.01, "ms", "assumed", "GPU kernel launches of an expert")
-WAKE = Constant(0.06, "ms", "assumed", "hand-over to the CPU's workers, once a layer")
-CONSTANTS = (
-    BITS, PCIE, DRAM, HBM, TENSOR, PCIE_SHARE, DRAM_SHARE, HBM_SHARE, TENSOR_SHARE, CPU_FLOPS,
-    LAUNCH, WAKE,
-)  # fmt: skip
+# The machine of HybriMoE's evaluation.
+MACHINE = PRESETS["a6000-xeon10"]
+MILLI = 1e3
 
 Source = Literal["published", "repository"]
 Phase = Literal["decode", "prefill"]
@@ -144,22 +118,22 @@ def layer_of(model: Model, source: Source, loads: Loads, cached: NDArray[np.bool
         return Layer(
             loads, cached, cpu, REPOSITORY_GPU, REPOSITORY_TRANSFER, cpu_first=REPOSITORY_CPU_FIRST
         )
-    gigabytes = model.weights * BITS.value / 8 / 1e9
-    teraflops = 2 * model.weights * loads / 1e12
-    read = 1e3 * gigabytes / (DRAM.value * DRAM_SHARE.value)
-    cpu = np.maximum(read, 1e3 * teraflops / CPU_FLOPS.value)
-    gpu = np.maximum(
-        1e3 * gigabytes / (HBM.value * HBM_SHARE.value),
-        1e3 * teraflops / (TENSOR.value * TENSOR_SHARE.value),
+    costs = CostModel.of_machine(MACHINE, model.shape)
+    return Layer(
+        loads,
+        cached,
+        MILLI * costs.cpu_seconds(loads),
+        MILLI * costs.gpu(loads),
+        MILLI * costs.transfer,
+        cpu_first=MILLI * costs.cpu_first,
     )
-    transfer = 1e3 * gigabytes / (PCIE.value * PCIE_SHARE.value)
-    return Layer(loads, cached, cpu, LAUNCH.value + gpu, transfer, cpu_first=WAKE.value)
 
 
 def constants_of(model: Model, source: Source) -> list[str]:
     """What a row of the model has to print."""
     if source == "published":
-        return [str(constant) for constant in CONSTANTS]
+        figures = MACHINE.figures.items()
+        return [f"{name}: {figure}; {figure.note}" for name, figure in figures]
     return [
         f"constants of HybriMoE's repository, not measured: CPU {model.repository_cpu:g} ms a "
         f"token + {REPOSITORY_CPU_FIRST} for the first, GPU {REPOSITORY_GPU} an expert, transfer "
@@ -180,14 +154,14 @@ def model_layers(
     tokens = PREFILL_TOKENS if phase == "prefill" else 1
     layers = []
     for _ in range(count):
-        rank = rng.permutation(model.experts) + 1.0
-        popularity = -ZIPF * np.log(rank) if phase == "prefill" else np.zeros(model.experts)
+        rank = rng.permutation(model.shape.count) + 1.0
+        popularity = -ZIPF * np.log(rank) if phase == "prefill" else np.zeros(model.shape.count)
         # The largest k of log p + Gumbel noise are k draws without replacement.
-        score = popularity + rng.gumbel(size=(tokens, model.experts))
+        score = popularity + rng.gumbel(size=(tokens, model.shape.count))
         chosen = np.argpartition(-score, model.top_k - 1, axis=1)[:, : model.top_k]
-        loads = np.bincount(chosen.ravel(), minlength=model.experts)
-        cached = np.zeros(model.experts, dtype=np.bool_)
-        cached[rng.permutation(model.experts)[: round(share * model.experts)]] = True
+        loads = np.bincount(chosen.ravel(), minlength=model.shape.count)
+        cached = np.zeros(model.shape.count, dtype=np.bool_)
+        cached[rng.permutation(model.shape.count)[: round(share * model.shape.count)]] = True
         active = loads > 0
         layers.append(layer_of(model, source, loads[active].astype(np.int64), cached[active]))
     return tuple(layers)

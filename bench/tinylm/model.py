@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quernstone.bench.tinylm.ffn import FFNS
+from quernstone.bench.tinylm.ffn import FFNS, Moe
 from quernstone.bench.tinylm.mixers import MIXERS
 
 BYTES = 256
@@ -30,14 +30,25 @@ class Config:
     heads: int = 8
     head_width: int = 16
     hidden: int = 192
+    """Of the feed-forward network, or of each expert."""
+    experts: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("mixer", MIXERS), ("ffn", FFNS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {[*known]}")
+        if self.ffn == "moe" and not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k: got {self.top_k}, expected 1 to {self.experts}, the experts")
+        if self.ffn != "moe" and (self.top_k or self.experts):
+            raise ValueError(f"experts: got {self.experts} with {self.ffn!r}, expected 0")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields; without experts not those that are of experts only."""
+        fields = asdict(self)
+        if self.ffn != "moe":
+            del fields["experts"], fields["top_k"]
+        return fields
 
 
 @dataclass
@@ -48,6 +59,8 @@ class Output:
     loss: Tensor | None = None
     importance: Tensor | None = None
     """[l, h] of the layers of attention, with its gradient."""
+    router_balance: Tensor | None = None
+    """Mean load-balancing loss of the layers with experts, with its gradient."""
 
 
 class Block(nn.Module):
@@ -80,7 +93,7 @@ class TinyLm(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
-                deep = name.endswith((".out.weight", ".down.weight"))
+                deep = name.endswith((".out.weight", ".down.weight", ".down_proj"))
                 std = 0.02 / (math.sqrt(2 * config.layers) if deep else 1.0)
                 nn.init.normal_(weight, std=std, generator=generator)
 
@@ -96,7 +109,13 @@ class TinyLm(nn.Module):
         loss = None
         if labels is not None:
             loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return Output(logits, loss, torch.stack(importances) if importances else None)
+        balances = [b.ffn.balance for b in self.blocks if isinstance(b.ffn, Moe)]
+        return Output(
+            logits,
+            loss,
+            torch.stack(importances) if importances else None,
+            torch.stack(balances).mean() if balances else None,
+        )
 
     def parameter_count(self) -> int:
         return sum(weight.numel() for weight in self.parameters())

@@ -81,11 +81,11 @@ py::array_t<std::uint8_t> replay_cache(const std::string& policy, std::int64_t s
 
 void register_moe_cache(py::module_& moe) {
     moe.def("replay_cache", &replay_cache, py::arg("policy"), py::arg("slots"), py::arg("keys"),
-          py::arg("needed").noconvert(), py::arg("offsets").noconvert(),
-          py::arg("first").noconvert(), py::arg("scores").noconvert() = py::none(),
-          py::arg("next").noconvert() = py::none(), py::arg("remember") = true,
-          py::arg("halve_every") = 0, py::arg("alpha") = 0.5,
-          "1 for each request of a trace that would have hit, else 0.");
+            py::arg("needed").noconvert(), py::arg("offsets").noconvert(),
+            py::arg("first").noconvert(), py::arg("scores").noconvert() = py::none(),
+            py::arg("next").noconvert() = py::none(), py::arg("remember") = true,
+            py::arg("halve_every") = 0, py::arg("alpha") = 0.5,
+            "1 for each request of a trace that would have hit, else 0.");
 }
 
 }  // namespace quernstone::bind

@@ -50,13 +50,12 @@ void register_moe_experts(py::module_& m) {
              py::arg("intermediate"), py::arg("group") = 0, py::arg("zero_points") = false)
         .def_property_readonly("bytes", &moe::Experts::bytes)
         .def_property_readonly("expert_bytes", &moe::Experts::expert_bytes);
-    m.def("place_expert", &place, py::arg("layout"), py::arg("index"),
-             py::arg("gate").noconvert(), py::arg("up").noconvert(), py::arg("down").noconvert(),
-             py::arg("out").noconvert(), "Copies one expert's packed matrices to its place.");
+    m.def("place_expert", &place, py::arg("layout"), py::arg("index"), py::arg("gate").noconvert(),
+          py::arg("up").noconvert(), py::arg("down").noconvert(), py::arg("out").noconvert(),
+          "Copies one expert's packed matrices to its place.");
     m.def("experts_forward", &forward, py::arg("layout"), py::arg("packed").noconvert(),
-             py::arg("x").noconvert(), py::arg("ids").noconvert(), py::arg("weights").noconvert(),
-             py::arg("compute"), py::arg("out").noconvert(),
-             "The weighted sum of a token's experts.");
+          py::arg("x").noconvert(), py::arg("ids").noconvert(), py::arg("weights").noconvert(),
+          py::arg("compute"), py::arg("out").noconvert(), "The weighted sum of a token's experts.");
 }
 
 }  // namespace quernstone::bind

@@ -5,8 +5,14 @@ constexpr std::int64_t kGroupSteps = 8;  // of 4 inputs
 // A stream longer than a page outruns the hardware's prefetcher at each page's end.
 constexpr std::int64_t kAhead = 2048;
 
-inline void fetch_ahead(const std::byte* line) {
-    _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
+inline void fetch(const std::byte* line) {
+    _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
+}
+
+// kAhead, but from the last codes of int4 over the block's scales to the next block's codes.
+inline std::int64_t int4_ahead(const Block& w, std::int64_t group, std::int64_t groups) {
+    const bool leaving = group + kAhead / (kGroupSteps / 2 * kLine) >= groups;
+    return leaving ? kAhead + w.bytes - (w.scales - w.codes) : kAhead;
 }
 
 inline vi broadcast_codes(const std::int8_t* x) {
@@ -86,10 +92,13 @@ inline void int4_int8_tile(const Block& w, int first, const Tokens& x, std::int6
     for (std::int64_t g = 0; g < groups; ++g) {
         vi sum[T][V];
         clear(sum);
+        const std::int64_t ahead = int4_ahead(w, g, groups);
+        // Beside the codes run the scales, and each block's would begin with a wait.
+        fetch(w.scales + (g >> w.group_shift) * kRows * 2 + w.bytes);
 #pragma GCC unroll 4
         for (int step = 0; step < kGroupSteps; step += 2) {
             vi low[V], high[V];
-            fetch_ahead(line);
+            fetch(line + ahead);
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v) {
                 const vi both = iload(line + v * kLanes * 4);
@@ -145,7 +154,7 @@ inline void int8_int8_tile(const Block& w, int first, const Tokens& x, std::int6
         clear(sum);
 #pragma GCC unroll 8
         for (int step = 0; step < kGroupSteps; ++step) {
-            fetch_ahead(line);
+            fetch(line + kAhead);
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v) {
                 const auto code = prepare8(iload(line + v * kLanes * 4));
@@ -220,7 +229,7 @@ inline void int4_float_tile(const Block& w, int first, const Tokens& x, std::int
         }
         for (int step = 0; step < kGroupSteps; step += 2) {
             vi both[V];
-            fetch_ahead(line);
+            fetch(line + kAhead);
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v) {
                 both[v] = iload(line + v * kLanes * 4);
@@ -256,7 +265,7 @@ inline void int8_float_tile(const Block& w, int first, const Tokens& x, std::int
     }
     for (std::int64_t k = 0; k < x.padded; k += 4) {
         vi words[V];
-        fetch_ahead(line);
+        fetch(line + kAhead);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
             words[v] = iload(line + v * kLanes * 4);
@@ -278,7 +287,7 @@ inline void bf16_float_tile(const Block& w, int first, const Tokens& x, std::int
     clear(odd);
     for (std::int64_t k = 0; k < x.padded; k += 2) {
         vf first_input[V], second_input[V];
-        fetch_ahead(line);
+        fetch(line + kAhead);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
             const vi pair = iload(line + v * kLanes * 4);

@@ -29,7 +29,8 @@ const Kernels& active_kernels() noexcept {
 Block block_at(const Layout& layout, const std::byte* data) noexcept {
     const std::byte* scales = data + layout.code_bytes();
     const int shift = layout.group == 128 ? 2 : layout.group == 64 ? 1 : 0;
-    return {data, scales, layout.zero_points ? scales + layout.scale_bytes() : nullptr, shift};
+    const std::byte* zeros = layout.zero_points ? scales + layout.scale_bytes() : nullptr;
+    return {data, scales, zeros, layout.block_bytes(), shift};
 }
 
 Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<float, 2> out,

@@ -14,6 +14,7 @@ struct Block {
     const std::byte* codes;
     const std::byte* scales;
     const std::byte* zeros;  // null: code 8 is zero
+    std::int64_t bytes;      // of the block: where the next one begins
     int group_shift;         // groups of 32 << group_shift inputs share an int4 scale
 };
 [[nodiscard]] Block block_at(const Layout& layout, const std::byte* data) noexcept;

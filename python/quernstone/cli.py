@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from quernstone import cli_moe
+
 app = typer.Typer(
     name="quernstone",
     no_args_is_help=True,
@@ -25,6 +27,7 @@ attention = typer.Typer(
     no_args_is_help=True, help="Attention with sinks and gates, and what its gates say."
 )
 app.add_typer(attention, name="attention")
+app.add_typer(cli_moe.app, name="moe")
 
 
 @app.command()

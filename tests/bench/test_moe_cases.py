@@ -8,8 +8,7 @@ import pytest
 from quernstone.bench import bench_moe_schedule as bench
 from quernstone.bench import targets
 from quernstone.bench.cases.moe import (
-    BITS,
-    CONSTANTS,
+    MACHINE,
     MODELS,
     MOST_TOKENS,
     PREFILL_TOKENS,
@@ -52,8 +51,8 @@ def test_a_model_routes_every_token_to_its_top_k(model: Model, phase: str) -> No
     for layer in layers:
         assert layer.loads.sum() == tokens * model.top_k
         assert layer.loads.max() <= tokens
-        assert len(layer) <= model.experts
-        assert np.isfinite(layer.ready).sum() <= round(0.25 * model.experts)
+        assert len(layer) <= model.shape.count
+        assert np.isfinite(layer.ready).sum() <= round(0.25 * model.shape.count)
     if phase == "decode":
         assert {len(layer) for layer in layers} == {model.top_k}
         hits = np.mean([np.isfinite(layer.ready).mean() for layer in layers])
@@ -63,15 +62,17 @@ def test_a_model_routes_every_token_to_its_top_k(model: Model, phase: str) -> No
 def test_times_follow_from_the_constants() -> None:
     """Mixtral: 176 M weights of 4.5 bits are 99 MB."""
     model = BY_NAME["mixtral-8x7b"]
-    megabytes = model.weights * BITS.value / 8 / 1e6
+    shape = model.shape
+    weights = 3 * shape.hidden * shape.intermediate
+    megabytes = weights * 4.5 / 8 / 1e6
     assert megabytes == pytest.approx(99.1, abs=0.05)
     layer = layer_of(model, "published", np.array([1, 1000]), np.array([True, False]))
     assert layer.transfer[0] == pytest.approx(megabytes / (31.5 * 0.8))
     assert layer.cpu[0] == pytest.approx(megabytes / (128 * 0.6))
     assert layer.gpu[0] == pytest.approx(0.01 + megabytes / (768 * 0.8))
     # A thousand tokens are bound by arithmetic on either side.
-    assert layer.cpu[1] == pytest.approx(2e3 * model.weights / 0.5e12 * 1e3)
-    assert layer.gpu[1] == pytest.approx(0.01 + 2e3 * model.weights / 77.4e12 * 1e3)
+    assert layer.cpu[1] == pytest.approx(2e3 * weights / 0.5e12 * 1e3)
+    assert layer.gpu[1] == pytest.approx(0.01 + 2e3 * weights / 77.4e12 * 1e3)
     stand_ins = layer_of(model, "repository", np.array([1, 3]), np.array([True, False]))
     assert stand_ins.cpu.tolist() == pytest.approx([0.2, 0.6])
     assert stand_ins.gpu.tolist() == [0.5, 0.5]
@@ -80,8 +81,8 @@ def test_times_follow_from_the_constants() -> None:
 
 def test_rows_print_where_each_constant_comes_from() -> None:
     words = constants_of(MODELS[0], "published")
-    assert len(words) == len(CONSTANTS)
-    assert all(word.endswith(("(published)", "(assumed)")) for word in words)
+    assert len(words) == len(MACHINE.figures)
+    assert all("(published)" in word or "(assumed)" in word for word in words)
     assert "not measured" in constants_of(MODELS[0], "repository")[0]
 
 

@@ -1,6 +1,24 @@
-"""Mixture-of-experts inference on a CPU beside a GPU: which expert is computed where, and when."""
+"""Mixture-of-experts inference on a CPU beside a GPU: the experts, and what is where, when.
 
-from quernstone.moe import reference_schedule
+`experts` computes them from packed weights, `file` keeps those; `cost` knows what an expert costs,
+`schedule` what is computed where, `cache` and `slots` which experts stay on the GPU, `gating` which
+are not needed; `routing` and `trace` what a model's routers choose, `replay` what a cache would have
+made of it.
+"""
+
+from quernstone.moe import reference, reference_schedule
+from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
+from quernstone.moe.experts import Experts, ExpertsShape, route
+from quernstone.moe.file import ExpertsWriter, Memory, load_experts, save_experts
+from quernstone.moe.gating import (
+    AdaptiveGating,
+    drop_experts,
+    layer_sensitivity,
+    search_threshold,
+    threshold_candidates,
+)
+from quernstone.moe.replay import HitCurve, gap_closed, replay
+from quernstone.moe.routing import moe_blocks, prediction_accuracy, record_routing
 from quernstone.moe.schedule import (
     Kept,
     Layer,
@@ -11,15 +29,47 @@ from quernstone.moe.schedule import (
     prefetch,
     schedule_layer,
 )
+from quernstone.moe.slots import LayerUse, allocate_slots, expected_loads, measured_loads
+from quernstone.moe.trace import Trace
 
 __all__ = [
+    "MODELS",
+    "PRESETS",
+    "AdaptiveGating",
+    "CostModel",
+    "Curve",
+    "Experts",
+    "ExpertsShape",
+    "ExpertsWriter",
+    "HitCurve",
     "Kept",
     "Layer",
+    "LayerUse",
+    "Memory",
+    "ModelShape",
     "Policy",
     "Prefetch",
     "Schedule",
+    "Trace",
+    "allocate_slots",
     "cancel",
+    "drop_experts",
+    "expected_loads",
+    "gap_closed",
+    "layer_sensitivity",
+    "load_experts",
+    "measured_loads",
+    "moe_blocks",
+    "prediction_accuracy",
     "prefetch",
+    "profile_machine",
+    "record_routing",
+    "reference",
     "reference_schedule",
+    "replay",
+    "route",
+    "save_experts",
     "schedule_layer",
+    "search_threshold",
+    "threshold_candidates",
 ]

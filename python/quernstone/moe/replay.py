@@ -169,6 +169,13 @@ def _compiled(
     return run
 
 
+def hits(
+    stream: Stream, policy: Policy, slots: int, options: dict[str, Any] | None = None
+) -> NDArray[np.bool_]:
+    """[n] whether each request hit, through the compiled policies."""
+    return _compiled(stream, policy, options or {})(slots)
+
+
 def replay_in_python(
     stream: Stream, policy: Policy, slots: int, options: dict[str, Any]
 ) -> NDArray[np.bool_]:

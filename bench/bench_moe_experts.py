@@ -1,0 +1,234 @@
+"""Fused experts on the CPU, beside the memory's limit and other libraries' experts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quernstone.bench import limits
+from quernstone.bench.harness import Check, Measure, rows
+from quernstone.bench.rivals import experts as rivals
+from quernstone.bench.rows import Spread
+from quernstone.moe import MODELS, Experts, ExpertsShape, profile_machine, reference
+from quernstone.moe.experts import Format
+
+MODEL = "deepseek-v2-lite"
+FORMATS: tuple[Format, ...] = ("int4", "int8", "bf16")
+# Relative to fp64 with the same weights: fp32 sums, or activations of 8 bits, twice.
+TOLERANCE = {"bf16": 2e-5, "int8": 0.02, "int4": 0.02}
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """A layer of DeepSeek-V2-Lite: `batch` tokens of six experts each."""
+
+    format: Format
+    batch: int
+    threads: int
+    quick: bool = False
+
+    @property
+    def id(self) -> str:
+        name = f"{self.format}g32" if self.format == "int4" else self.format
+        return f"moe.experts.{name}.dsv2lite.b{self.batch}.t{self.threads}"
+
+    @property
+    def shape(self) -> ExpertsShape:
+        of = MODELS[MODEL]
+        group = 32 if self.format == "int4" else 0
+        return ExpertsShape(of.experts, of.hidden, of.intermediate, self.format, group)
+
+
+class Calls:
+    """The same sequence of routings for every peer, and other experts in every call.
+
+    64 experts are 311 MB in int4 and more in the others; a call reads six to all of them, and
+    comes back to one when ten others have gone through the caches.
+    """
+
+    def __init__(self, case: ExpertCase, count: int = 64) -> None:
+        of = MODELS[MODEL]
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(case.batch, of.hidden, generator=generator).bfloat16()
+        self.weights = torch.full((case.batch, of.top_k), 1 / of.top_k)
+        self.ids = []
+        for call in range(count):
+            if case.batch == 1:
+                first = torch.arange(of.top_k)[None]
+                self.ids.append((first + call * of.top_k) % of.experts)
+            else:
+                scores = torch.rand(case.batch, of.experts, generator=generator)
+                self.ids.append(scores.topk(of.top_k).indices)
+
+    def each(self) -> Callable[[], Tensor]:
+        """Gives the ids of call after call, of its own count."""
+        turn = itertools.cycle(self.ids)
+        return lambda: next(turn)
+
+    def bytes(self, shape: ExpertsShape) -> float:
+        """That an average call has to read."""
+        distinct = np.mean([len(ids.unique()) for ids in self.ids])
+        return float(distinct) * shape.expert_bytes
+
+
+@functools.lru_cache(maxsize=1)
+def layer_weights() -> tuple[Tensor, Tensor]:
+    """gate_up [e, 2f, m] and down [e, m, f], bf16, Gaussian."""
+    of = MODELS[MODEL]
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.empty(of.experts, 2 * of.intermediate, of.hidden, dtype=torch.bfloat16)
+    narrow = torch.empty(of.experts, of.hidden, of.intermediate, dtype=torch.bfloat16)
+    for stack in (wide, narrow):
+        for matrix in stack:
+            matrix.normal_(std=stack.shape[2] ** -0.5, generator=generator)
+    return wide, narrow
+
+
+@functools.lru_cache(maxsize=1)
+def packed(format: Format) -> Experts:
+    return Experts.pack(*layer_weights(), format=format)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def expected(matrices: Callable[[int], tuple[Tensor, Tensor, Tensor]], calls: Calls) -> Tensor:
+    """fp64 of the first call, with the matrices of the experts that it uses."""
+    ids = calls.ids[0]
+    used = {int(e): matrices(int(e)) for e in ids.unique()}
+    every = [used.get(e, used[int(ids[0, 0])]) for e in range(MODELS[MODEL].experts)]
+    return reference.experts(every, calls.x, ids, calls.weights)
+
+
+@rows(
+    *(
+        ExpertCase(format, batch, threads, quick=(batch, threads) == (1, 2))
+        for format in FORMATS
+        for batch in (1, 4, 16, 64)
+        for threads in (1, 2)
+    )
+)
+def bench_experts(case: ExpertCase, measure: Measure) -> None:
+    """Each library at the same number of threads; activations of 8 bits on both sides for int4 and
+    int8, and the same bf16 tokens."""
+    experts, calls = packed(case.format), Calls(case)
+    ids = calls.each()
+
+    def ours() -> Tensor:
+        return experts(calls.x, ids(), calls.weights)
+
+    want = expected(experts.matrices, calls)
+    # The tokens come back as bf16.
+    check = Check(lambda got: relative(got, want), TOLERANCE[case.format] + 2**-8)
+    moved = calls.bytes(case.shape)
+    with limits.reading() as limit:
+        measure.speed(
+            what=f"{case.format} experts, H 2048, I 1408, batch {case.batch} of 6 experts each",
+            ours=ours,
+            check=check,
+            rivals=rivals.all_of(case, calls, layer_weights()),
+            limit=limit,
+            work=moved,
+            moved=moved,
+            notes=[
+                f"{moved / 1e6:.0f} MB of weights a call, of "
+                f"{experts.shape.nbytes / 1e6:.0f} MB in rotation, in pages of 2 MB",
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class ErrorCase:
+    name: str
+    group: int
+    zero_points: bool = False
+    threads: int = 2
+    quick: bool = True
+
+    @property
+    def id(self) -> str:
+        return f"moe.error.{self.name}"
+
+
+@rows(
+    ErrorCase("int4g32", 32),
+    ErrorCase("int4g32z", 32, True),
+    ErrorCase("int4g64", 64),
+    ErrorCase("int4g128", 128),
+)
+def bench_error(case: ErrorCase, measure: Measure) -> None:
+    """Of a Gaussian expert's output, against fp64 with the weights before they were rounded."""
+    of = MODELS[MODEL]
+    gate_up, down = (stack[:1] for stack in layer_weights())
+    experts = Experts.pack(gate_up, down, group=case.group, zero_points=case.zero_points)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(16, of.hidden, generator=generator)
+    ids, weights = torch.zeros(16, 1, dtype=torch.int64), torch.ones(16, 1)
+    gate, up = gate_up[0].float().chunk(2)
+    want = reference.experts([(gate, up, down[0].float())], x, ids, weights)
+    measure.value(
+        what=f"int4 expert, groups of {case.group}{', zero points' * case.zero_points}: error "
+        "of a Gaussian expert's output",
+        unit="relative",
+        compute=lambda: relative(experts(x, ids, weights), want),
+        rivals=rivals.int4_errors(gate_up, down, x, want),
+    )
+
+
+@dataclass(frozen=True)
+class CostCase:
+    format: Format
+    threads: int
+    quick: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"moe.cost.{self.format}.dsv2lite.t{self.threads}"
+
+
+LAYERS = 40
+
+
+@rows(*(CostCase(format, threads) for format in ("int4", "bf16") for threads in (1, 2)))
+def bench_cost(case: CostCase, measure: Measure) -> None:
+    """Layers of random loads, predicted from curves that were measured before, and then timed."""
+    of = MODELS[MODEL]
+    group = 32 if case.format == "int4" else 0
+    shape = ExpertsShape(of.experts, of.hidden, of.intermediate, case.format, group)
+    experts = packed(case.format)
+    generator = np.random.default_rng(0)
+
+    def compute() -> Spread:
+        model = profile_machine(replace(shape, count=1), gpu="a6000-xeon10", rounds=9)
+        errors = []
+        for _ in range(LAYERS):
+            count = int(generator.integers(1, 13))
+            loads = np.minimum(1 + generator.pareto(0.8, count), 256).astype(np.int64)
+            chosen = generator.permutation(of.experts)[:count]
+            ids = torch.from_numpy(np.repeat(chosen, loads))[:, None]
+            x = torch.randn(len(ids), of.hidden)
+            weights = torch.ones(len(ids), 1)
+            times = []
+            for turn in range(3):
+                rotated = (ids + turn * 13) % of.experts
+                start = time.perf_counter()
+                experts(x, rotated, weights)
+                times.append(time.perf_counter() - start)
+            errors.append(abs(model.layer_seconds(loads) / float(np.median(times)) - 1))
+        return Spread.of(errors).scaled(100)
+
+    measure.value(
+        what=f"{case.format} experts: predicted time of a layer against its time, 1 to 12 experts "
+        "of 1 to 256 tokens",
+        unit="%",
+        compute=compute,
+        notes=[f"median over {LAYERS} layers of the relative difference"],
+    )
