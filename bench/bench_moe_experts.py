@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,82 +12,15 @@ import torch
 from torch import Tensor
 
 from quernstone.bench import limits
+from quernstone.bench.cases.experts import FORMATS, OF, Calls, ExpertCase, layer_weights
 from quernstone.bench.harness import Check, Measure, rows
 from quernstone.bench.rivals import experts as rivals
 from quernstone.bench.rows import Spread
-from quernstone.moe import MODELS, Experts, ExpertsShape, profile_machine, reference
+from quernstone.moe import Experts, ExpertsShape, profile_machine, reference
 from quernstone.moe.experts import Format
 
-MODEL = "deepseek-v2-lite"
-FORMATS: tuple[Format, ...] = ("int4", "int8", "bf16")
 # Relative to fp64 with the same weights: fp32 sums, or activations of 8 bits, twice.
 TOLERANCE = {"bf16": 2e-5, "int8": 0.02, "int4": 0.02}
-
-
-@dataclass(frozen=True)
-class ExpertCase:
-    """A layer of DeepSeek-V2-Lite: `batch` tokens of six experts each."""
-
-    format: Format
-    batch: int
-    threads: int
-    quick: bool = False
-
-    @property
-    def id(self) -> str:
-        name = f"{self.format}g32" if self.format == "int4" else self.format
-        return f"moe.experts.{name}.dsv2lite.b{self.batch}.t{self.threads}"
-
-    @property
-    def shape(self) -> ExpertsShape:
-        of = MODELS[MODEL]
-        group = 32 if self.format == "int4" else 0
-        return ExpertsShape(of.experts, of.hidden, of.intermediate, self.format, group)
-
-
-class Calls:
-    """The same sequence of routings for every peer, and other experts in every call.
-
-    64 experts are 311 MB in int4 and more in the others; a call reads six to all of them, and
-    comes back to one when ten others have gone through the caches.
-    """
-
-    def __init__(self, case: ExpertCase, count: int = 64) -> None:
-        of = MODELS[MODEL]
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(case.batch, of.hidden, generator=generator).bfloat16()
-        self.weights = torch.full((case.batch, of.top_k), 1 / of.top_k)
-        self.ids = []
-        for call in range(count):
-            if case.batch == 1:
-                first = torch.arange(of.top_k)[None]
-                self.ids.append((first + call * of.top_k) % of.experts)
-            else:
-                scores = torch.rand(case.batch, of.experts, generator=generator)
-                self.ids.append(scores.topk(of.top_k).indices)
-
-    def each(self) -> Callable[[], Tensor]:
-        """Gives the ids of call after call, of its own count."""
-        turn = itertools.cycle(self.ids)
-        return lambda: next(turn)
-
-    def bytes(self, shape: ExpertsShape) -> float:
-        """That an average call has to read."""
-        distinct = np.mean([len(ids.unique()) for ids in self.ids])
-        return float(distinct) * shape.expert_bytes
-
-
-@functools.lru_cache(maxsize=1)
-def layer_weights() -> tuple[Tensor, Tensor]:
-    """gate_up [e, 2f, m] and down [e, m, f], bf16, Gaussian."""
-    of = MODELS[MODEL]
-    generator = torch.Generator().manual_seed(1)
-    wide = torch.empty(of.experts, 2 * of.intermediate, of.hidden, dtype=torch.bfloat16)
-    narrow = torch.empty(of.experts, of.hidden, of.intermediate, dtype=torch.bfloat16)
-    for stack in (wide, narrow):
-        for matrix in stack:
-            matrix.normal_(std=stack.shape[2] ** -0.5, generator=generator)
-    return wide, narrow
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,7 +36,7 @@ def expected(matrices: Callable[[int], tuple[Tensor, Tensor, Tensor]], calls: Ca
     """fp64 of the first call, with the matrices of the experts that it uses."""
     ids = calls.ids[0]
     used = {int(e): matrices(int(e)) for e in ids.unique()}
-    every = [used.get(e, used[int(ids[0, 0])]) for e in range(MODELS[MODEL].experts)]
+    every = [used.get(e, used[int(ids[0, 0])]) for e in range(OF.experts)]
     return reference.experts(every, calls.x, ids, calls.weights)
 
 
@@ -134,7 +66,7 @@ def bench_experts(case: ExpertCase, measure: Measure) -> None:
             what=f"{case.format} experts, H 2048, I 1408, batch {case.batch} of 6 experts each",
             ours=ours,
             check=check,
-            rivals=rivals.all_of(case, calls, layer_weights()),
+            rivals=rivals.all_of(case, calls),
             limit=limit,
             work=moved,
             moved=moved,
@@ -166,11 +98,10 @@ class ErrorCase:
 )
 def bench_error(case: ErrorCase, measure: Measure) -> None:
     """Of a Gaussian expert's output, against fp64 with the weights before they were rounded."""
-    of = MODELS[MODEL]
     gate_up, down = (stack[:1] for stack in layer_weights())
     experts = Experts.pack(gate_up, down, group=case.group, zero_points=case.zero_points)
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(16, of.hidden, generator=generator)
+    x = torch.randn(16, OF.hidden, generator=generator)
     ids, weights = torch.zeros(16, 1, dtype=torch.int64), torch.ones(16, 1)
     gate, up = gate_up[0].float().chunk(2)
     want = reference.experts([(gate, up, down[0].float())], x, ids, weights)
@@ -200,9 +131,8 @@ LAYERS = 40
 @rows(*(CostCase(format, threads) for format in ("int4", "bf16") for threads in (1, 2)))
 def bench_cost(case: CostCase, measure: Measure) -> None:
     """Layers of random loads, predicted from curves that were measured before, and then timed."""
-    of = MODELS[MODEL]
     group = 32 if case.format == "int4" else 0
-    shape = ExpertsShape(of.experts, of.hidden, of.intermediate, case.format, group)
+    shape = ExpertsShape(OF.experts, OF.hidden, OF.intermediate, case.format, group)
     experts = packed(case.format)
     generator = np.random.default_rng(0)
 
@@ -212,13 +142,13 @@ def bench_cost(case: CostCase, measure: Measure) -> None:
         for _ in range(LAYERS):
             count = int(generator.integers(1, 13))
             loads = np.minimum(1 + generator.pareto(0.8, count), 256).astype(np.int64)
-            chosen = generator.permutation(of.experts)[:count]
+            chosen = generator.permutation(OF.experts)[:count]
             ids = torch.from_numpy(np.repeat(chosen, loads))[:, None]
-            x = torch.randn(len(ids), of.hidden)
+            x = torch.randn(len(ids), OF.hidden)
             weights = torch.ones(len(ids), 1)
             times = []
             for turn in range(3):
-                rotated = (ids + turn * 13) % of.experts
+                rotated = (ids + turn * 13) % OF.experts
                 start = time.perf_counter()
                 experts(x, rotated, weights)
                 times.append(time.perf_counter() - start)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-from quernstone.bench import plots, words
+from quernstone.bench import plots, targets, words
 from quernstone.bench.rows import RivalResult, Row
 from quernstone.bench.run import MACHINE, Results
 
@@ -196,7 +196,7 @@ def _bars(row: Row) -> str:
         )
     for name, rival in row.rivals.items():
         if rival.absent:
-            badge = _badge(row, f"ratio to {name}")
+            badge = _badges_of_rival(row, name)
             parts.append(f'<p class="note">{escape(name)}: {escape(rival.absent)} {badge}</p>')
     return "".join(parts)
 
@@ -214,8 +214,12 @@ def _bar(name: str, rival: RivalResult, row: Row, top: float, kind: str) -> str:
     return (
         f'<div class="{kind}"><span class="name">{escape(name)}</span><span class="track">'
         f'<span class="fill" style="width:{width:.1f}%"></span>{spread}</span>'
-        f'<span class="ratio">{tail}</span>{_badge(row, f"ratio to {name}")}</div>'
+        f'<span class="ratio">{tail}</span>{_badges_of_rival(row, name)}</div>'
     )
+
+
+def _badges_of_rival(row: Row, name: str) -> str:
+    return "".join(_badge(row, f"{ratio} to {name}") for ratio in targets.RATIOS)
 
 
 def _badge(row: Row, measure: str) -> str:

@@ -18,14 +18,17 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-MEASURES = ("ours", "percent_of_limit", "error", "ratio")
+RATIOS = ("ratio", "ratio_of_p20")
+MEASURES = ("ours", "percent_of_limit", "error", *RATIOS)
 
 
 @dataclass(frozen=True)
 class Target:
     """One line of the contract: `measure` of the row `id`, `comparison`, `value`.
 
-    `measure` is `ours`, `percent_of_limit`, `error` or `ratio`; a ratio names its `rival`.
+    `measure` is `ours`, `percent_of_limit`, `error`, `ratio` or `ratio_of_p20`; the last two name
+    a `rival`. `ratio` is paired by rounds; `ratio_of_p20` compares the best fifths of both, for
+    rivals whose times come in steps of a scheduler's quantum.
     """
 
     id: str
@@ -58,9 +61,11 @@ class Target:
         }
 
     def _read(self, row: Row) -> float | None:
-        if self.measure == "ratio":
+        if self.measure in RATIOS:
             rival = row.rivals.get(self.rival or "")
-            return rival.ratio if rival else None
+            if rival is None or self.measure == "ratio":
+                return rival.ratio if rival else None
+            return rival.p20 / row.p20 if rival.p20 and row.p20 else None
         got: float | None = getattr(row, self.measure)
         return got
 
@@ -107,7 +112,7 @@ def _targets(table: Any) -> list[Target]:
         raise BadTargets(
             f"{named}: measure {fields.get('measure')!r}, expected one of {list(MEASURES)}"
         )
-    if (fields["measure"] == "ratio") != isinstance(fields.get("rival"), str):
+    if (fields["measure"] in RATIOS) != isinstance(fields.get("rival"), str):
         raise BadTargets(f"{named}: a ratio names its rival, and nothing else does")
     return [Target(id=row_id, **fields) for row_id in ids]
 

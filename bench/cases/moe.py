@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from quernstone.moe import PRESETS, CostModel, ExpertsShape, Layer
 from quernstone.moe import MODELS as PUBLISHED
+from quernstone.moe import PRESETS, CostModel, ExpertsShape, Layer
 
 Loads = NDArray[np.int64]
 # Stand-ins of HybriMoE's public repository for all its models, which asks that they be measured.

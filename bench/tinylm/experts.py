@@ -50,7 +50,8 @@ class MoeTrainer(Trainer):
 
     def loss(self, step: int) -> tuple[Tensor, Tensor | None]:
         output = self.model(*self.batch(step))
-        assert output.loss is not None and output.router_balance is not None
+        assert output.loss is not None
+        assert output.router_balance is not None
         return output.loss + self._router_balance * output.router_balance, output.importance
 
 

@@ -44,7 +44,7 @@ def profile(
         "out/costs.json"
     ),
 ) -> None:
-    """Measures what an expert of a model costs on this machine, cold, by the number of its tokens."""
+    """Measures what an expert of a model costs on this machine, by the number of its tokens."""
 
     def run(console: Any) -> None:
         import torch

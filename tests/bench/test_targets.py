@@ -42,6 +42,16 @@ def test_a_ratio_is_to_the_named_rival() -> None:
     assert verdict["measure"] == "ratio to a"
 
 
+def test_a_ratio_of_the_best_fifths_is_not_paired() -> None:
+    rivals = {"a": RivalResult(ratio=1.0, p20=6.0), "b": RivalResult(absent="pip install b")}
+    row = _row(p20=2.0, rivals=rivals)
+    verdict = _target("ratio_of_p20", ">=", 3, "a").judge(row)
+    assert verdict["met"]
+    assert verdict["got"] == 3.0
+    assert verdict["measure"] == "ratio_of_p20 to a"
+    assert _target("ratio_of_p20", ">=", 3, "b").judge(row)["got"] is None
+
+
 def test_what_was_not_measured_is_not_met() -> None:
     row = _row(rivals={"a": RivalResult(absent="pip install a")})
     for target in (_target("ours", "<=", 1), _target("ratio", ">=", 1, "a")):

@@ -61,7 +61,8 @@ def test_gradients_reach_router_and_experts() -> None:
     output = model(x, x)
     (output.loss + output.router_balance).backward()
     for name, weight in model.named_parameters():
-        assert weight.grad is not None and bool(weight.grad.any()), name
+        assert weight.grad is not None
+        assert bool(weight.grad.any()), name
 
 
 def test_training_learns_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -88,14 +89,12 @@ def test_takes_what_is_quantised_already() -> None:
     ours.place(0, *parts)
     theirs = Experts.pack(gate_up, down, clips=20)
     assert np.array_equal(ours.data, theirs.data)
-    with pytest.raises(ValueError, match="gate.scheme"):
+    with pytest.raises(ValueError, match=r"gate\.scheme"):
         ours.place(0, quantize(gate_up[0][:32], Scheme(4)), *parts[1:])
 
 
 def test_a_layer_is_olmoes() -> None:
-    config = OlmoeConfig(
-        hidden_size=64, intermediate_size=48, num_experts=8, num_experts_per_tok=3
-    )
+    config = OlmoeConfig(hidden_size=64, intermediate_size=48, num_experts=8, num_experts_per_tok=3)
     torch.manual_seed(0)
     block = OlmoeSparseMoeBlock(config).eval()
     with torch.no_grad():
@@ -105,9 +104,9 @@ def test_a_layer_is_olmoes() -> None:
         theirs = block(x.unsqueeze(0))
         theirs = (theirs[0] if isinstance(theirs, tuple) else theirs).squeeze(0)
         ids, weights = route(x @ block.gate.weight.T, 3, renormalize=config.norm_topk_prob)
-        ours = Experts.pack(
-            block.experts.gate_up_proj, block.experts.down_proj, format="bf16"
-        )(x, ids, weights)
+        ours = Experts.pack(block.experts.gate_up_proj, block.experts.down_proj, format="bf16")(
+            x, ids, weights
+        )
     assert float((ours - theirs).norm() / theirs.norm()) <= 2e-6
 
 
@@ -167,7 +166,7 @@ def test_names_a_file_that_is_cut_short(share: float) -> None:
         save(path, {"a": packed(SHAPES[1])})
         whole = path.read_bytes()
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(ValueError, match="expected|no file of packed experts"):
+        with pytest.raises(ValueError, match=r"expected|no file of packed experts"):
             load_experts(path)
     finally:
         path.unlink(missing_ok=True)
@@ -179,9 +178,9 @@ def test_a_file_stays_as_it_is_where_writing_fails(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(TypeError, match="experts: got str"):
         save(path, {"a": packed(SHAPES[0]), "b": "nothing"})  # type: ignore[dict-item]
-    with pytest.raises(RuntimeError, match="stop"), ExpertsWriter(path) as writer:
+    with contextlib.suppress(KeyboardInterrupt), ExpertsWriter(path) as writer:
         writer.add("c", packed(SHAPES[1]))
-        raise RuntimeError("stop")
+        raise KeyboardInterrupt
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["experts"]
 
@@ -192,7 +191,7 @@ def test_names_what_cannot_be_packed() -> None:
         Experts.pack(gate_up, down[:, :, 1:])
     with pytest.raises(ValueError, match=r"gate_up.shape\[1\]: got 79, expected an even number"):
         Experts.pack(gate_up[:, 1:], down)
-    with pytest.raises(TypeError, match="gate_up: got torch.int64"):
+    with pytest.raises(TypeError, match=r"gate_up: got torch\.int64"):
         Experts.pack(gate_up.long(), down)
     with pytest.raises(ValueError, match="group: got 32 with 'int8', expected 0"):
         Experts.pack(gate_up, down, format="int8", group=32)

@@ -135,7 +135,8 @@ def test_nothing_is_dropped_at_zero_and_all_but_one_at_infinity() -> None:
     weights = torch.tensor([[0.1, 0.6, 0.3]])
     ids = torch.tensor([[7, 8, 9]])
     kept, scaled = drop_experts(ids, weights, 1.0, 0.0)
-    assert torch.equal(kept, ids) and torch.equal(scaled, weights)
+    assert torch.equal(kept, ids)
+    assert torch.equal(scaled, weights)
     kept, scaled = drop_experts(ids, weights, 1.0, 1e30)
     assert kept.tolist() == [[-1, 8, -1]]
     assert scaled[0, 1] == pytest.approx(1.0)
@@ -145,7 +146,7 @@ def test_nothing_is_dropped_at_zero_and_all_but_one_at_infinity() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_gated_model_is_the_model_with_fewer_experts(name: str) -> None:
-    """Against a model whose routers are asked for k experts and whose weights are masked by hand."""
+    """Against a model whose routers' weights are masked by hand."""
     model = small_model(name)
     x = tokens()
     sensitivity = {block.name: 1.0 for block in moe_blocks(model)}
@@ -160,9 +161,7 @@ def test_a_gated_model_is_the_model_with_fewer_experts(name: str) -> None:
         assert use == (1.0, 1.0)
         assert not torch.allclose(single, before, atol=1e-6)
         assert torch.equal(model(x).logits, before)
-        mine = []
-        for block in moe_blocks(model):
-            mine.append(block.router.register_forward_hook(_only_the_first))
+        mine = [b.router.register_forward_hook(_only_the_first) for b in moe_blocks(model)]
         expected = model(x).logits
         for hook in mine:
             hook.remove()
@@ -205,8 +204,9 @@ def test_predictions_are_counted(name: str) -> None:
     chosen: list[Tensor] = []
     hooks = [
         block.router.register_forward_hook(
-            lambda _m, given, output: (inputs.append(given[0]), chosen.append(output[2]))[-1]
-            and None
+            lambda _m, given, output: (
+                (inputs.append(given[0]), chosen.append(output[2]))[-1] and None
+            )
         )
         for block in blocks
     ]
@@ -220,10 +220,12 @@ def test_predictions_are_counted(name: str) -> None:
         for layer in range(1, len(blocks)):
             for d in range(1, min(layer, 2) + 1):
                 guess = blocks[layer].router(inputs[layer - d])[2]
-                want = np.mean([
-                    len(set(a) & set(b)) / len(a)
-                    for a, b in zip(guess.tolist(), chosen[layer].tolist(), strict=True)
-                ])
+                want = np.mean(
+                    [
+                        len(set(a) & set(b)) / len(a)
+                        for a, b in zip(guess.tolist(), chosen[layer].tolist(), strict=True)
+                    ]
+                )
                 assert found[layer, d - 1] == pytest.approx(want)
 
 
@@ -275,13 +277,13 @@ def test_names_what_is_wrong() -> None:
         drop_experts(ids, weights, 1.0, float("nan"))
     with pytest.raises(ValueError, match="weights: got a number that is negative or not finite"):
         drop_experts(ids, weights * torch.nan, 1.0, 0.1)
-    with pytest.raises(ValueError, match="weights.shape"):
+    with pytest.raises(ValueError, match=r"weights\.shape"):
         drop_experts(ids, weights[:1], 1.0, 0.1)
     with pytest.raises(ValueError, match="model: got Linear without a module"):
         moe_blocks(nn.Linear(2, 2))
     model = small_model("mixtral")
     with (
-        pytest.raises(ValueError, match="sensitivity: got none for 'model.layers.0"),
+        pytest.raises(ValueError, match=r"sensitivity: got none for 'model\.layers\.0"),
         AdaptiveGating({}, 0.1).on(model),
     ):
         pass

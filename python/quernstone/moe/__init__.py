@@ -1,9 +1,9 @@
 """Mixture-of-experts inference on a CPU beside a GPU: the experts, and what is where, when.
 
-`experts` computes them from packed weights, `file` keeps those; `cost` knows what an expert costs,
-`schedule` what is computed where, `cache` and `slots` which experts stay on the GPU, `gating` which
-are not needed; `routing` and `trace` what a model's routers choose, `replay` what a cache would have
-made of it.
+`experts` computes them from packed weights, `file` keeps those; `cost` knows what one costs, and
+`schedule` what is computed where; `cache` and `slots` which ones stay on the GPU, `gating` which
+are not needed; `routing` and `trace` what a model's routers choose, `replay` and `simulate` what a
+cache and a schedule would have made of it.
 """
 
 from quernstone.moe import reference, reference_schedule

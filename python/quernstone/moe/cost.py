@@ -5,6 +5,7 @@ All times are in seconds.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -123,7 +124,7 @@ class Curve:
         if self.tokens[0] < 1 or not rising:
             raise ValueError(f"tokens: got {self.tokens}, expected rising numbers from 1 on")
         for value in self.seconds:
-            if not 0.0 < number("seconds", value):
+            if not number("seconds", value) > 0.0:
                 raise ValueError(f"seconds: got {value}, expected a positive number")
 
     def __call__(self, loads: ArrayLike) -> NDArray[np.float64]:
@@ -216,7 +217,7 @@ class CostModel:
         """
         if not 0.0 < rate <= 1.0:
             raise ValueError(f"rate: got {rate}, expected above 0 and up to 1")
-        if not 0.0 < number("seconds", seconds):
+        if not number("seconds", seconds) > 0.0:
             raise ValueError(f"seconds: got {seconds}, expected a positive number")
         predicted = self.layer_seconds(loads)
         if not predicted:
@@ -248,9 +249,7 @@ class CostModel:
             # The tokens on either side of the bend, and some on the slope beyond it.
             bend = max(1.0, read * rate / work)
             tokens = sorted({1, math.floor(bend), math.ceil(bend), 2 * math.ceil(bend)})
-            return Curve(
-                tuple(tokens), tuple(extra + max(read, work * t / rate) for t in tokens)
-            )
+            return Curve(tuple(tokens), tuple(extra + max(read, work * t / rate) for t in tokens))
 
         gpu_rate = machine.value("gpu.rate", "FLOP/s") * machine.value("gpu.rate_share", "1")
         link = machine.value("link.bandwidth", "B/s") * machine.value("link.share", "1")
@@ -292,7 +291,8 @@ class CostModel:
         found = _document.body(data, _FORMAT, _VERSION, **_FIELDS)
         for name in ("cpu", "gpu"):
             fields = _document.fields(found[name], name, tokens=list, seconds=list)
-            found[name] = _within(name, lambda f=fields: Curve(*(tuple(x) for x in f.values())))
+            points = [tuple(fields[part]) for part in ("tokens", "seconds")]
+            found[name] = _within(name, functools.partial(Curve, *points))
         shape = _document.fields(found["shape"], "shape", **_SHAPE_FIELDS)
         found["shape"] = _within("shape", lambda: ExpertsShape(**shape))
         return cls(**found)
@@ -483,7 +483,7 @@ def _profile_device(
     found = []
     for load in loads:
         x = torch.zeros(load, shape.hidden, dtype=torch.bfloat16, device=device)
-        found.append(seconds(lambda x=x: expert(x)))
+        found.append(seconds(functools.partial(expert, x)))
     return Curve(loads, tuple(found)), transfer
 
 

@@ -5,8 +5,8 @@ Axes: t tokens, c choices of a token, e experts, m hidden (model) width, f feed-
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -190,7 +190,7 @@ class Experts:
             self._packed("up", up, (wide, narrow), clips),
             self._packed("down", down, (narrow, wide), clips),
         ]
-        _core.moe.place_expert(self._layout, index, *parts, self.data)
+        _core.moe.place_expert(self._layout, index, parts[0], parts[1], parts[2], self.data)
 
     def matrices(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate and up [f, m] and down [m, f] of an expert as fp32, as they are computed with."""
@@ -314,16 +314,12 @@ def allocate_bytes(size: int, *, huge_pages: bool) -> NDArray[np.uint8]:
     room = mmap.mmap(-1, size + _HUGE_PAGE)
     pages = np.frombuffer(room, np.uint8)
     skip = -pages.ctypes.data % _HUGE_PAGE
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them
         room.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass  # a kernel without them: small pages are as good, and slower
     return pages[skip : skip + size]
 
 
-def route(
-    logits: Tensor, top_k: int, *, renormalize: bool = True
-) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, *, renormalize: bool = True) -> tuple[Tensor, Tensor]:
     """Softmax, then the largest: ids and weights as `Experts` takes them.
 
     Args:
@@ -348,5 +344,3 @@ def route(
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights
-
-

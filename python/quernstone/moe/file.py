@@ -143,7 +143,9 @@ def load_experts(
         index = _read_index(file, size, name)
         mapped = None
         if memory == "map":
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+            mapped = np.frombuffer(
+                mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8
+            )
         layers = {}
         for layer, (shape, offset, crc) in index.items():
             if mapped is not None:

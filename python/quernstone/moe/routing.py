@@ -196,7 +196,9 @@ def routed(name: str, output: Any) -> tuple[Tensor, Tensor, Tensor]:
         TypeError: it returned something else.
     """
     if not isinstance(output, tuple) or len(output) != 3:
-        raise TypeError(f"{name}.gate: got {type(output).__name__}, expected (logits, weights, ids)")
+        raise TypeError(
+            f"{name}.gate: got {type(output).__name__}, expected (logits, weights, ids)"
+        )
     logits, weights, ids = (x.detach() if isinstance(x, Tensor) else x for x in output)
     if not all(isinstance(x, Tensor) for x in (logits, weights, ids)):
         raise TypeError(f"{name}.gate: got no tensors, expected (logits, weights, ids)")
