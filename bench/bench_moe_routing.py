@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quernstone.bench import figures_moe
 from quernstone.bench.harness import Measure, rows
 from quernstone.bench.tinylm import experts as tiny
 from quernstone.bench.tinylm.corpus import HELD_OUT
@@ -47,6 +48,9 @@ class CacheCase:
         return self.percent == 25
 
 
+FIGURED = CacheCase("top2of16", 25)
+
+
 @functools.cache
 def _study(model: str) -> Study:
     trace = tiny.load_trace(model)
@@ -74,6 +78,12 @@ def bench_cache(case: CacheCase, measure: Measure) -> None:
             f"{tiny.trace_path_of(case.model).name}: held-out text, a byte a step",
         ],
     )
+    if case == FIGURED:
+        measure.panel(
+            "Caches of experts",
+            figures_moe.hit_curves({name: tiny.load_trace(name) for name in NAMES}),
+            "Hit rate of every policy on two trained models, decoding held-out text; simulated.",
+        )
 
 
 SPLITS = 5

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from quernstone import _core
+from quernstone.bench import figures_moe
 from quernstone.bench.cases.moe import (
+    MACHINE,
     MODELS,
     REGIMES,
     Model,
@@ -21,6 +23,7 @@ from quernstone.bench.cases.moe import (
 from quernstone.bench.harness import Measure, WrongResult, rows
 from quernstone.bench.rows import Spread
 from quernstone.moe import Layer, Policy, reference_schedule, schedule_layer
+from quernstone.moe.simulate import plan_layer
 
 INSTANCES = 1000
 OTHERS: tuple[Policy, ...] = ("fixed", "gpu_only", "cpu_only", "fiddler", "list", "event")
@@ -155,6 +158,14 @@ SPEED_UPS = [
 ]
 
 
+FIGURED = next(
+    case
+    for case in SPEED_UPS
+    if (case.model.name, case.source, case.phase, case.percent)
+    == ("deepseek-v2-lite", "published", "decode", 25)
+)
+
+
 @rows(*SPEED_UPS)
 def bench_speed_up(case: SpeedUp, measure: Measure) -> None:
     """Of the experts alone; attention and the rest of a layer would make it smaller."""
@@ -173,3 +184,23 @@ def bench_speed_up(case: SpeedUp, measure: Measure) -> None:
         smaller_is_better=False,
         notes=constants_of(case.model, case.source),
     )
+    if case == FIGURED:
+        layer = next(layer for layer in layers if 2 <= np.isfinite(layer.ready).sum() <= 3)
+        plans = [
+            plan_layer(layer, policy, f"{case.model.name}, one token: {policy}", unit="ms")
+            for policy in ("fixed", "event", "hybrid")
+        ]
+        until = max(plan.makespan for plan in plans)
+        charts = "".join(plan.svg(until=until, kinds=("compute", "transfer")) for plan in plans)
+        measure.panel(
+            "A layer over CPU, bus and GPU",
+            charts,
+            f"One decoded token; {MACHINE.name} by its makers' and assumed figures; simulated.",
+        )
+        measure.panel(
+            "Where scheduling pays",
+            figures_moe.ratio_map(),
+            "Eight active experts of one token, twelve of a prompt, a quarter of them cached. "
+            "Dots: Mixtral's experts on published machines. What a schedule gains over a fixed "
+            "mapping is a property of the ratios.",
+        )

@@ -52,7 +52,9 @@ def nearest_rival(row: Row) -> tuple[str, RivalResult] | None:
 
 def verdict(target: dict[str, Any]) -> str:
     """`80.1 %, promised >= 80 %: met by 0.1 %`"""
-    unit = {"percent_of_limit": " %", "ratio": "×", "ratio_of_p20": "×"}.get(target["measure"].split(" ")[0], "")
+    unit = {"percent_of_limit": " %", "ratio": "×", "ratio_of_p20": "×"}.get(
+        target["measure"].split(" ")[0], ""
+    )
     asked = f"{target['comparison']} {target['value']:g}{unit}"
     if target["got"] is None:
         return f"not measured, promised {asked}"

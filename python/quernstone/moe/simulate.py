@@ -105,10 +105,12 @@ def plan_step(
     return Plan(("gpu", "pcie", "cpu"), tuple(intervals), title=title)
 
 
-def plan_layer(layer: Layer, policy: Policy = "hybrid", title: str = "") -> Plan:
-    """The schedule of one layer as a plan."""
+def plan_layer(
+    layer: Layer, policy: Policy = "hybrid", title: str = "", *, unit: str = "s"
+) -> Plan:
+    """The schedule of one layer as a plan; `unit` is that of the layer's times."""
     found = schedule_layer(layer, policy).intervals()
-    return Plan(("gpu", "pcie", "cpu"), tuple(shifted(found, 0.0)), title=title)
+    return Plan(("gpu", "pcie", "cpu"), tuple(shifted(found, 0.0)), unit=unit, title=title)
 
 
 def shifted(
