@@ -33,7 +33,7 @@ CONFIGS = {
 }
 STEPS = 2400
 CONTEXT = 256
-TRACED_TOKENS = {"top2of16": 8192, "top6of64": 3072}
+TRACED_TOKENS = {"top2of16": 32768, "top6of64": 8192}
 """Tokens of the committed traces: as many as fit four megabytes with the routers' softmax."""
 
 
@@ -137,7 +137,8 @@ def main(
             "recipe": recipe.to_dict(),
             "seed": recipe.seed,
             "corpus": corpus.describe(),
-            "command": f"python -m quernstone.bench.tinylm.experts {name} --steps {steps}",
+            "command": f"python -m quernstone.bench.tinylm.experts {name} --steps {steps} "
+            f"--threads {threads}",
             "bits_per_byte": found.bits_per_byte,
         }
         path = folder / path_of(name).name
