@@ -18,7 +18,7 @@ from quernstone.bench.tinylm.model import Config, TinyLm
 from quernstone.bench.tinylm.train import evaluate
 from quernstone.moe import moe_blocks
 
-SMALL = Config("vanilla", "moe", 2, 32, 4, 8, 16, experts=6, top_k=2)
+SMALL = Config("vanilla", "moe", 2, 32, 4, 16, 16, experts=6, top_k=2)
 
 
 def test_the_block_is_qwens() -> None:

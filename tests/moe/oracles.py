@@ -43,13 +43,17 @@ class _Program:
         entries = [(i, at, value) for i, row in enumerate(self.rows) for at, value in row.items()]
         i, at, values = zip(*entries, strict=True)
         shape = (len(self.rows), len(self.lower))
-        result = milp(
-            np.arange(len(self.lower)) == variable,
-            constraints=LinearConstraint(coo_array((values, (i, at)), shape), ub=self.limits),
-            integrality=self.whole,
-            bounds=Bounds(self.lower, self.upper),
-            options={"mip_rel_gap": 0.0},
-        )
+        # Presolve ends in an error on a few programs, which are solved without it.
+        for presolve in (True, False):
+            result = milp(
+                np.arange(len(self.lower)) == variable,
+                constraints=LinearConstraint(coo_array((values, (i, at)), shape), ub=self.limits),
+                integrality=self.whole,
+                bounds=Bounds(self.lower, self.upper),
+                options={"mip_rel_gap": 0.0, "presolve": presolve},
+            )
+            if result.success:
+                break
         assert result.success, result.message
         return float(result.fun)
 
