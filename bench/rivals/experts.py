@@ -1,14 +1,19 @@
 """Experts of other libraries, on the same weights, tokens and routings.
 
 kt-kernel (of kTransformers) is asked for each of its classes of a format at one and at two
-threads, and the fastest is the rival. bf16 weights are the same; int4 codes are ours, in groups of
-32 with bf16 scales, which is what its class reads.
+threads, and the fastest is the rival. bf16 weights are the same; int4 codes, which it takes
+ready-made, are
+rounded as its format's own tool does, in groups of 32 with bf16 scales.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,8 @@ CLASSES = {
 }
 # Relative to fp64 with the weights before they are rounded.
 TOLERANCE = {"bf16": 0.02, "int4": 0.25}
+# As compressed-tensors, whose files its int4 class reads, rounds by default: largest / 7.5 a step.
+_KT_INT4 = Scheme(4, True, "group", 32, "bf16", full_range=True)
 _TRIED = 9
 _MOST_TOKENS = 512
 
@@ -40,7 +47,7 @@ def all_of(case: ExpertCase, calls: Calls) -> list[Rival | Absent]:
     return [kt_kernel(case, calls)]
 
 
-def kt_kernel(case: ExpertCase, calls: Calls, weights: tuple[Tensor, Tensor]) -> Rival | Absent:
+def kt_kernel(case: ExpertCase, calls: Calls) -> Rival | Absent:
     """Its fastest class of the format at its better number of threads."""
     if machine.version(KT) is None:
         return Absent(KT, GET_KT)
@@ -71,6 +78,10 @@ class KtLayer:
     """A layer in one of kt-kernel's classes, and what its pointers point to."""
 
     def __init__(self, name: str, threads: int, weights: tuple[Tensor, Tensor]) -> None:
+        with _no_greeting():
+            self._build(name, threads, weights)
+
+    def _build(self, name: str, threads: int, weights: tuple[Tensor, Tensor]) -> None:
         import kt_kernel
 
         ext = kt_kernel.kt_kernel_ext
@@ -113,6 +124,21 @@ class KtLayer:
         return out
 
 
+@contextmanager
+def _no_greeting() -> Iterator[None]:
+    """Without what kt-kernel's C++ code writes to the standard output as it starts."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 @functools.lru_cache(maxsize=4)
 def kt_layer(name: str, threads: int) -> KtLayer:
     """Kept from row to row: loading 64 experts takes seconds."""
@@ -131,7 +157,7 @@ def kt_weights(
     packed: list[list[Tensor]] = []
     scales: list[list[Tensor]] = []
     for part in parts:
-        made = [quantize(w, Scheme(4, True, "group", 32, "bf16")) for w in part]
+        made = [quantize(w, _KT_INT4) for w in part]
         codes = [(q.codes() + 8).to(torch.uint8) for q in made]
         # Two codes a byte, the first in the low half.
         packed.append([(c[:, 0::2] | (c[:, 1::2] << 4)).contiguous() for c in codes])
@@ -159,7 +185,9 @@ def int4_errors(gate_up: Tensor, down: Tensor, x: Tensor, want: Tensor) -> dict[
     """Of kt-kernel's int4 in groups of 32 on a layer of one expert, by the error of its output."""
     if machine.version(KT) is None:
         return {}
-    layer = KtLayer("AVX2RawInt4_MOE", 1, (gate_up, down))
     ids, weights = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
-    got = layer.forward(x.bfloat16(), weights, ids)
+    with _no_greeting():
+        layer = KtLayer("AVX2RawInt4_MOE", 1, (gate_up, down))
+        got = layer.forward(x.bfloat16(), weights, ids)
+        del layer  # it says good-bye
     return {KT: float((got.double() - want).norm() / want.norm())}

@@ -85,7 +85,9 @@ class ExpertsShape:
             return None
         if self.format == "int8":
             return Scheme(8)
-        return Scheme(4, not self.zero_points, "group", self.group, "bf16")
+        return Scheme(
+            4, not self.zero_points, "group", self.group, "bf16", full_range=not self.zero_points
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,7 +131,7 @@ class Experts:
         format: Format = "int4",
         group: int | None = None,
         zero_points: bool = False,
-        clips: int = 1,
+        clips: int = 4,
     ) -> Experts:
         """Packs the weights of a layer as transformers has them.
 
@@ -171,7 +173,7 @@ class Experts:
         up: Tensor | QTensor,
         down: Tensor | QTensor,
         *,
-        clips: int = 1,
+        clips: int = 4,
     ) -> None:
         """Packs one expert's matrices into its place.
 
