@@ -184,12 +184,15 @@ class Searched(NamedTuple):
 def threshold_candidates(
     weights: Sequence[Tensor], sensitivity: Sequence[float], count: int = 20
 ) -> list[float]:
-    """Thresholds between which equal shares of the tokens turn to a single expert.
+    """Thresholds between which equal shares of the activated experts are dropped.
+
+    All but the first expert of a token count: with two experts, equal shares of the tokens turn to
+    a single one.
 
     Args:
         weights: of each layer [t, k], k 2 or more.
         sensitivity: F of each layer.
-        count: of the thresholds, 1 or more; the last makes nearly all tokens single.
+        count: of the thresholds, 1 or more; the last drops nearly all.
 
     Raises:
         ValueError: no layer, numbers of layers that differ, a count below 1.
@@ -202,7 +205,7 @@ def threshold_candidates(
             "or more"
         )
     needed = torch.cat(
-        [tail_shares(w)[:, 0].square() * f for w, f in zip(weights, sensitivity, strict=True)]
+        [tail_shares(w).square().flatten() * f for w, f in zip(weights, sensitivity, strict=True)]
     )
     shares = (np.arange(count) + 1) / (count + 1)
     found = np.quantile(needed.numpy(), shares)
