@@ -69,7 +69,6 @@ def bench_experts(case: ExpertCase, measure: Measure) -> None:
             rivals=rivals.all_of(case, calls),
             limit=limit,
             work=moved,
-            moved=moved,
             notes=[
                 f"{moved / 1e6:.0f} MB of weights a call, of "
                 f"{experts.shape.nbytes / 1e6:.0f} MB in rotation, in pages of 2 MB",

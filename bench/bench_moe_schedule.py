@@ -192,6 +192,7 @@ def bench_speed_up(case: SpeedUp, measure: Measure) -> None:
         ]
         until = max(plan.makespan for plan in plans)
         charts = "".join(plan.svg(until=until, kinds=("compute", "transfer")) for plan in plans)
+        charts = f"<div>{charts}</div>"
         measure.panel(
             "A layer over CPU, bus and GPU",
             charts,

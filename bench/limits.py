@@ -82,11 +82,11 @@ def read_bandwidth(quick: bool) -> Bandwidth:
 
 @contextlib.contextmanager
 def reading() -> Iterator[Limit]:
-    """Reading DRAM at the best of the settings, for the rounds of a row."""
+    """Reading DRAM at the best of the settings for pages and prefetching, for a row's rounds."""
     best = read_bandwidth(quick=True)
     with buffer(best.size, best.page) as address:
         yield Limit(
-            f"DRAM read, {best.words()}",
+            "DRAM read",
             lambda: _core.bench_read(address, best.size, best.prefetch),
             best.size,
             "GB/s",

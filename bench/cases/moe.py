@@ -133,7 +133,7 @@ def constants_of(model: Model, source: Source) -> list[str]:
     """What a row of the model has to print."""
     if source == "published":
         figures = MACHINE.figures.items()
-        return [f"{name}: {figure}; {figure.note}" for name, figure in figures]
+        return ["; ".join(f"{name} {figure}, {figure.note}" for name, figure in figures)]
     return [
         f"constants of HybriMoE's repository, not measured: CPU {model.repository_cpu:g} ms a "
         f"token + {REPOSITORY_CPU_FIRST} for the first, GPU {REPOSITORY_GPU} an expert, transfer "

@@ -8,6 +8,7 @@ rounded as its format's own tool does, in groups of 32 with bf16 scales.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
@@ -137,6 +138,12 @@ def _no_greeting() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
+
+
+@atexit.register
+def _leave() -> None:
+    with _no_greeting():
+        kt_layer.cache_clear()
 
 
 @functools.lru_cache(maxsize=4)
