@@ -276,7 +276,7 @@ class Measure:
         pytest.skip(missing.why)
 
     def panel(self, title: str, svg: str, caption: str) -> None:
-        """Adds a figure of the vertical's own (an <svg> element, or some in a <div>) to the page."""
+        """Adds a figure of the vertical's own to the page: an <svg>, or some of them in a <div>."""
         self.panels.append((title, svg, caption))
 
     def _begin(self, what: str, unit: str, notes: Iterable[str]) -> Row:
