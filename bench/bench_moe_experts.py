@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,15 @@ import torch
 from torch import Tensor
 
 from quernstone.bench import limits
-from quernstone.bench.cases.experts import FORMATS, OF, Calls, ExpertCase, layer_weights
+from quernstone.bench.cases.experts import (
+    FORMATS,
+    OF,
+    Calls,
+    ExpertCase,
+    expected,
+    layer_weights,
+    relative,
+)
 from quernstone.bench.harness import Check, Measure, rows
 from quernstone.bench.rivals import experts as rivals
 from quernstone.bench.rows import Spread
@@ -26,18 +33,6 @@ TOLERANCE = {"bf16": 2e-5, "int8": 0.02, "int4": 0.02}
 @functools.lru_cache(maxsize=1)
 def packed(format: Format) -> Experts:
     return Experts.pack(*layer_weights(), format=format)
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-def expected(matrices: Callable[[int], tuple[Tensor, Tensor, Tensor]], calls: Calls) -> Tensor:
-    """fp64 of the first call, with the matrices of the experts that it uses."""
-    ids = calls.ids[0]
-    used = {int(e): matrices(int(e)) for e in ids.unique()}
-    every = [used.get(e, used[int(ids[0, 0])]) for e in range(OF.experts)]
-    return reference.experts(every, calls.x, ids, calls.weights)
 
 
 @rows(

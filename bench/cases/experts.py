@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quernstone.moe import MODELS, ExpertsShape
+from quernstone.moe import MODELS, ExpertsShape, reference
 from quernstone.moe.experts import Format
 
 OF = MODELS["deepseek-v2-lite"]
@@ -82,3 +82,15 @@ def layer_weights() -> tuple[Tensor, Tensor]:
         for matrix in stack:
             matrix.normal_(std=stack.shape[2] ** -0.5, generator=generator)
     return wide, narrow
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def expected(matrices: Callable[[int], tuple[Tensor, Tensor, Tensor]], calls: Calls) -> Tensor:
+    """fp64 of the first call, with the matrices of the experts that it uses."""
+    ids = calls.ids[0]
+    used = {int(e): matrices(int(e)) for e in ids.unique()}
+    every = [used.get(e, used[int(ids[0, 0])]) for e in range(OF.experts)]
+    return reference.experts(every, calls.x, ids, calls.weights)

@@ -22,10 +22,16 @@ import torch
 from torch import Tensor
 
 from quernstone.bench import machine
-from quernstone.bench.cases.experts import OF, Calls, ExpertCase, layer_weights
+from quernstone.bench.cases.experts import (
+    OF,
+    Calls,
+    ExpertCase,
+    expected,
+    layer_weights,
+    relative,
+)
 from quernstone.bench.harness import Absent, Check, Rival
 from quernstone.bench.rows import quantile
-from quernstone.moe import reference
 from quernstone.quant import Scheme, quantize
 
 KT = "kt-kernel"
@@ -64,13 +70,8 @@ def kt_kernel(case: ExpertCase, calls: Calls) -> Rival | Absent:
     layer = kt_layer(name, threads)
     ids, run = calls.each(), functools.partial(layer.forward, calls.x, calls.weights)
     gate_up, down = layer_weights()
-    used = {int(e) for e in calls.ids[0].unique()}
-    matrices = {e: (*gate_up[e].float().chunk(2), down[e].float()) for e in used}
-    every = [matrices.get(e, next(iter(matrices.values()))) for e in range(len(gate_up))]
-    want = reference.experts(every, calls.x, calls.ids[0], calls.weights)
-    error = Check(
-        lambda got: float((got.double() - want).norm() / want.norm()), TOLERANCE[case.format]
-    )
+    want = expected(lambda e: (*gate_up[e].float().chunk(2), down[e].float()), calls)
+    error = Check(lambda got: relative(got, want), TOLERANCE[case.format])
     version = f"{machine.version(KT)} {name}, {threads} threads"
     return Rival(KT, lambda: run(ids()), error, {KT: version})
 
@@ -197,4 +198,4 @@ def int4_errors(gate_up: Tensor, down: Tensor, x: Tensor, want: Tensor) -> dict[
         layer = KtLayer("AVX2RawInt4_MOE", 1, (gate_up, down))
         got = layer.forward(x.bfloat16(), weights, ids)
         del layer  # it says good-bye
-    return {KT: float((got.double() - want).norm() / want.norm())}
+    return {KT: relative(got, want)}

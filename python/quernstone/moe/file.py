@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, get_args
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from quernstone._files import replacing
 from quernstone.moe.experts import Experts, ExpertsShape, allocate_bytes
 
 Memory = Literal["map", "copy", "huge"]
@@ -48,13 +49,12 @@ class ExpertsWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._target = Path(path).resolve()
-        self._beside = self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}")
+        self._replacing = replacing(path)
         self._file: BinaryIO | None = None
         self._index: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        self._file = self._beside.open("xb")
+        self._file = self._replacing.__enter__()
         self._file.write(bytes(_PAGE))
         return self
 
@@ -91,21 +91,16 @@ class ExpertsWriter:
         file = self._file
         assert file is not None
         self._file = None
-        try:
-            with file:
-                if kind is None:
-                    index = json.dumps({"layers": self._index}).encode()
-                    offset = file.tell()
-                    file.write(index)
-                    file.seek(0)
-                    head = (VERSION, zlib.crc32(index), offset, len(index))
-                    file.write(_HEAD.pack(_MAGIC, *head))
-                    file.flush()
-                    os.fsync(file.fileno())
-            if kind is None:
-                self._beside.replace(self._target)
-        finally:
-            self._beside.unlink(missing_ok=True)
+        if kind is not None:
+            self._replacing.__exit__(kind, error, trace)
+            return
+        with ExitStack() as stack:
+            stack.push(self._replacing)
+            index = json.dumps({"layers": self._index}).encode()
+            offset = file.tell()
+            file.write(index)
+            file.seek(0)
+            file.write(_HEAD.pack(_MAGIC, VERSION, zlib.crc32(index), offset, len(index)))
 
 
 def save_experts(path: str | os.PathLike[str], layers: Mapping[str, Experts]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from quernstone._files import write_whole
+
 FORMAT = "quernstone routing trace"
 VERSION = 1
 _MOST_EXPERTS = 32767
@@ -147,7 +149,7 @@ class Trace:
         arrays["head"] = np.frombuffer(words, np.uint8)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        Path(path).write_bytes(buffer.getvalue())
+        write_whole(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
