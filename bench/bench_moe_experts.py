@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from dataclasses import dataclass, replace
 
@@ -20,13 +21,15 @@ from quernstone.bench.cases.experts import (
     layer_weights,
     relative,
 )
-from quernstone.bench.harness import Check, Measure, rows
+from quernstone.bench.harness import Check, Measure, Slope, rows
 from quernstone.bench.rivals import experts as rivals
+from quernstone.bench.rivals import ik_llama
 from quernstone.bench.rows import Spread
 from quernstone.moe import Experts, ExpertsShape, profile_machine, reference
 from quernstone.moe.experts import Format
 
 # Relative to fp64 with the same weights: fp32 sums, or activations of 8 bits, twice.
+KINDS: dict[str, ik_llama.Kind] = {"int4": "Q4_0", "int8": "Q8_0"}
 TOLERANCE = {"bf16": 2e-5, "int8": 0.02, "int4": 0.02}
 
 
@@ -69,6 +72,47 @@ def bench_experts(case: ExpertCase, measure: Measure) -> None:
                 f"{experts.shape.nbytes / 1e6:.0f} MB in rotation, in pages of 2 MB",
             ],
         )
+
+
+@dataclass(frozen=True)
+class OneExpertCase:
+    format: Format
+    threads: int
+    quick: bool = False
+
+    @property
+    def id(self) -> str:
+        name = f"{self.format}g32" if self.format == "int4" else self.format
+        return f"moe.expert.{name}.dsv2lite.t{self.threads}"
+
+
+FEW, MANY = 2, 8
+
+
+@rows(*(OneExpertCase(format, threads) for format in ("int4", "int8") for threads in (1, 2)))
+def bench_one_expert(case: OneExpertCase, measure: Measure) -> None:
+    """What an expert costs: a token of eight experts less a token of two, on both sides."""
+    experts = packed(case.format)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, OF.hidden, generator=generator).bfloat16()
+    ids = [torch.randperm(OF.experts, generator=generator)[None, :MANY] for _ in range(256)]
+    # Both calls of a round choose alike, so that neither finds more in the caches.
+    turns = {count: itertools.cycle(ids) for count in (FEW, MANY)}
+
+    def run(count: int) -> Tensor:
+        return experts(x, next(turns[count])[:, :count].contiguous(), weights[count])
+
+    weights = {count: torch.full((1, count), 1 / count) for count in (FEW, MANY)}
+    want = reference.experts(
+        [experts.matrices(int(e)) for e in ids[0][0]], x, torch.arange(MANY)[None], weights[MANY]
+    )
+    measure.slope(
+        what=f"one {case.format} expert, one token, H 2048, I 1408: {MANY} less {FEW} experts",
+        ours=Slope(lambda: run(FEW), lambda: run(MANY), MANY - FEW),
+        check=Check(lambda got: relative(got, want), TOLERANCE[case.format] + 2**-8),
+        rivals=[ik_llama.per_expert(KINDS[case.format], case.threads, FEW, MANY)],
+        notes=[f"{packed(case.format).shape.expert_bytes / 1e6:.1f} MB an expert"],
+    )
 
 
 @dataclass(frozen=True)

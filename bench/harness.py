@@ -2,7 +2,8 @@
 
 A bench file holds functions `bench_*(case, measure)` under `@rows(case, ...)`; a case has an
 `id`, `threads` and `quick`. The function calls one method of `measure`, once: `speed` (a time
-beside rivals and a limit), `relative` (a paired ratio of two calls) or `value` (anything else).
+beside rivals and a limit), `slope` (what one unit more costs each of them), `relative` (a paired
+ratio of two calls) or `value` (anything else).
 """
 
 from __future__ import annotations
@@ -58,6 +59,25 @@ class Rival:
 
 
 @dataclass(frozen=True)
+class Slope:
+    """Two calls, of which `more` does `units` of the work in question more than `less`."""
+
+    less: Run
+    more: Run
+    units: float
+
+
+@dataclass(frozen=True)
+class SlopeRival:
+    """A rival whose every call carries other work as well, which cancels between two of them."""
+
+    name: str
+    slope: Slope
+    check: Check
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Absent:
     """A rival or a model that is not here; `why` holds the command that brings it."""
 
@@ -91,8 +111,9 @@ class Rounds:
     another peer: nobody owns the warm cache or the first slot of a boost clock.
     """
 
-    def __init__(self, peers: dict[str, Run]):
+    def __init__(self, peers: dict[str, Run], rest: float = 0.0):
         self.times: dict[str, list[float]] = {name: [] for name in peers}
+        self._rest = rest
         self._peers = peers
         self._index = 0
         self._turn = 0
@@ -105,6 +126,7 @@ class Rounds:
         else:
             self._time_peers()
         self._index += 1
+        time.sleep(self._rest)
 
     def finish(self) -> None:
         """Times the peers of an odd last round, which no later set-up would."""
@@ -118,6 +140,7 @@ class Rounds:
         self._turn += 1
         for name in names[turn:] + names[:turn]:
             run = self._peers[name]
+            time.sleep(self._rest)
             start = time.perf_counter()
             run()
             self.times[name].append(time.perf_counter() - start)
@@ -142,6 +165,8 @@ QUICK = Pace(seconds=2.5, least=3, most=15)
 WARM_ENOUGH = 1.0
 # Seconds a call that the quick form waits for a rival.
 PATIENCE = 2.0
+# Seconds after which a pool of threads has given up spinning.
+REST = 0.005
 # A paired ratio that is to be known within a fraction of a percent needs many rounds.
 FULL_PAIRED = Pace(seconds=45.0, least=40, most=400)
 QUICK_PAIRED = Pace(seconds=6.0, least=20, most=100)
@@ -213,6 +238,57 @@ class Measure:
             row.limit = LimitResult(limit.name, quantile(rates, 0.5) / 1e9, limit.unit)
             shares = [work / mine / rate for mine, rate in zip(own, rates, strict=True)]
             row.percent_of_limit = 100 * quantile(shares, 0.5)
+        return row
+
+    def slope(
+        self,
+        *,
+        what: str,
+        ours: Slope,
+        check: Check,
+        rivals: Sequence[SlopeRival | Absent],
+        unit: str = "ms",
+        notes: Iterable[str] = (),
+        pace: Pace | None = None,
+    ) -> Row:
+        """Tells what a unit of work costs: the difference of two calls, by their rounds.
+
+        All calls of a round begin `REST` seconds after the one before, when the threads of a
+        peer no longer spin. `check` sees the result of `more`.
+        """
+        row = self._begin(what, unit, notes)
+        seconds = self._verify(ours.more, check)
+        calls = {"": ours.less}
+        slopes = {"": ours}
+        for rival in rivals:
+            if isinstance(rival, Absent):
+                row.rivals[rival.name] = RivalResult(absent=rival.why)
+                continue
+            more = Rival(rival.name, rival.slope.more, rival.check, rival.versions)
+            rival_seconds = self._admit(more)
+            if rival_seconds is not None:
+                seconds += rival_seconds
+                slopes[rival.name] = rival.slope
+                calls[f"{rival.name} less"] = rival.slope.less
+                calls[f"{rival.name} more"] = rival.slope.more
+        pace = pace or (QUICK_PAIRED if self.quick else FULL_PAIRED)
+        rounds = pace.rounds(2 * (seconds + REST * len(slopes)))
+        own, times = self._rounds(ours.more, calls, rounds, rest=REST)
+        times[" more"], times[" less"] = own, times.pop("")
+        each = {
+            name: [
+                (more - less) / slope.units
+                for more, less in zip(times[f"{name} more"], times[f"{name} less"], strict=True)
+            ]
+            for name, slope in slopes.items()
+        }
+        scale = PER_SECOND[unit]
+        mine = each.pop("")
+        self._set(Spread.of(mine).scaled(scale))
+        for name, theirs in each.items():
+            row.rivals[name].pair(theirs, mine, scale)
+        row.rank()
+        row.notes.append(f"{rounds} paired rounds")
         return row
 
     def relative(
@@ -326,9 +402,9 @@ class Measure:
         return seconds
 
     def _rounds(
-        self, ours: Run, peers: dict[str, Run], rounds: int, per: int = 1
+        self, ours: Run, peers: dict[str, Run], rounds: int, per: int = 1, rest: float = 0.0
     ) -> tuple[list[float], dict[str, list[float]]]:
-        timer = Rounds(peers)
+        timer = Rounds(peers, rest)
         self._benchmark.pedantic(ours, setup=timer.before, rounds=rounds, iterations=1)
         timer.finish()
         self._benchmark.extra_info["timed"] = True
