@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <new>
 #include <string>
 
@@ -90,10 +91,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("build_info", &bind::build_info, "Compiler, build type, sanitizers, emulated levels.");
     m.def(
         "bench_read",
-        [](std::uintptr_t address, std::int64_t bytes, std::int64_t prefetch) {
-            return seconds_to_read(reinterpret_cast<const std::byte*>(address), bytes, prefetch);
+        [](std::uintptr_t address, std::int64_t bytes, std::int64_t prefetch, int streams) {
+            return seconds_to_read(reinterpret_cast<const std::byte*>(address), bytes, prefetch,
+                                   std::clamp(streams, 1, 8));
         },
-        py::arg("address"), py::arg("bytes"), py::arg("prefetch_bytes"),
+        py::arg("address"), py::arg("bytes"), py::arg("prefetch_bytes"), py::arg("streams"),
         py::call_guard<py::gil_scoped_release>(), "Seconds to read a buffer once.");
     m.def(
         "bench_copy_nt",

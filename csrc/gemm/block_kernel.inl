@@ -1,4 +1,4 @@
-// A block of 16 rows times tokens, in the primitives of one instruction-set level.
+// Blocks of 16 rows times tokens, in the primitives of one instruction-set level.
 
 constexpr int kVectors = static_cast<int>(kRows) / kLanes;
 constexpr std::int64_t kGroupSteps = 8;  // of 4 inputs
@@ -9,10 +9,21 @@ inline void fetch(const std::byte* line) {
     _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
 }
 
-// kAhead, but from the last codes of int4 over the block's scales to the next block's codes.
-inline std::int64_t int4_ahead(const Block& w, std::int64_t group, std::int64_t groups) {
+// One token is limited by memory, which gives more to a core that reads several streams: it is
+// multiplied by so many neighbouring blocks at once.
+constexpr int kStreams = 4;
+
+inline Block block_of(const Block& w, std::int64_t b) {
+    const std::int64_t at = b * w.bytes;
+    return {w.codes + at, w.scales + at, w.zeros == nullptr ? nullptr : w.zeros + at,
+            w.bytes,      w.group_shift, 1};
+}
+
+// kAhead, but from the last codes of int4 over the scales to the codes `streams` blocks behind.
+inline std::int64_t int4_ahead(const Block& w, std::int64_t group, std::int64_t groups,
+                               int streams) {
     const bool leaving = group + kAhead / (kGroupSteps / 2 * kLine) >= groups;
-    return leaving ? kAhead + w.bytes - (w.scales - w.codes) : kAhead;
+    return leaving ? kAhead + streams * w.bytes - (w.scales - w.codes) : kAhead;
 }
 
 inline vi broadcast_codes(const std::int8_t* x) {
@@ -78,105 +89,130 @@ inline void store_scaled(float* out, int first, const vf (&sums)[T][V], const st
     }
 }
 
-template <int T, int V, bool kZeros>
+template <int S, int T, int V, bool kZeros>
 inline void int4_int8_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
                            float* out) {
+    static_assert(S == 1 || T == 1);
     const vi nibble = iset(0x0f0f0f0f);
     const std::byte* line = w.codes + first * kLanes * 4;
-    vf total[T][V];
-    clear(total);
+    vf total[S][T][V];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        clear(total[s]);
+    }
     const std::int8_t* codes = x.codes + t0 * x.padded;
     const std::int64_t groups = x.padded / kScaleGroup;
     const float* scales = x.scales + t0 * groups;
     const std::int32_t* eights = x.sums + t0 * groups;
     for (std::int64_t g = 0; g < groups; ++g) {
-        vi sum[T][V];
-        clear(sum);
-        const std::int64_t ahead = int4_ahead(w, g, groups);
-        // Beside the codes run the scales, and each block's would begin with a wait.
-        fetch(w.scales + (g >> w.group_shift) * kRows * 2 + w.bytes);
+        const std::int64_t ahead = int4_ahead(w, g, groups, S);
 #pragma GCC unroll 4
-        for (int step = 0; step < kGroupSteps; step += 2) {
-            vi low[V], high[V];
-            fetch(line + ahead);
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-                const vi both = iload(line + v * kLanes * 4);
-                low[v] = iand(both, nibble);
-                high[v] = iand(ishift_right<4>(both), nibble);
-            }
-            line += kLine;
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                const std::int8_t* at = codes + t * x.padded + g * kScaleGroup + 4 * step;
-                const vi x_low = broadcast_codes(at);
-                const vi x_high = broadcast_codes(at + 4);
+        for (int s = 0; s < S; ++s) {
+            const Block block = block_of(w, s);
+            const std::byte* part = line + s * w.bytes;
+            vi sum[T][V];
+            clear(sum);
+            // Beside the codes run the scales, and each block's would begin with a wait.
+            fetch(block.scales + (g >> w.group_shift) * kRows * 2 + S * w.bytes);
+#pragma GCC unroll 4
+            for (int step = 0; step < kGroupSteps; step += 2) {
+                vi low[V], high[V];
+                fetch(part + ahead);
 #pragma GCC unroll 2
                 for (int v = 0; v < V; ++v) {
-                    sum[t][v] = dot4(dot4(sum[t][v], low[v], x_low), high[v], x_high);
+                    const vi both = iload(part + v * kLanes * 4);
+                    low[v] = iand(both, nibble);
+                    high[v] = iand(ishift_right<4>(both), nibble);
                 }
-            }
-        }
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            const vf w_scale = int4_scale(w, g, first + v);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                const vf scale = vmul(w_scale, vset(scales[t * groups + g]));
-                const std::int32_t eight = eights[t * groups + g];
-                if constexpr (kZeros) {
-                    const vf shift =
-                        vmul(int4_zero(w, g, first + v), vset(0.125F * static_cast<float>(eight)));
-                    const vf product = vsub(vfrom_int(finish4(sum[t][v])), shift);
-                    total[t][v] = vfma(product, scale, total[t][v]);
-                } else {
-                    const vi product = isub(finish4(sum[t][v]), iset(eight));
-                    total[t][v] = vfma(vfrom_int(product), scale, total[t][v]);
-                }
-            }
-        }
-    }
-    store(out + t0 * kRows, first, total);
-}
-
-template <int T, int V>
-inline void int8_int8_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
-                           float* out) {
-    const std::byte* line = w.codes + first * kLanes * 4;
-    vf total[T][V];
-    clear(total);
-    const std::int8_t* codes = x.codes + t0 * x.padded;
-    const std::int64_t groups = x.padded / kScaleGroup;
-    const float* scales = x.scales + t0 * groups;
-    const std::int32_t* eights = x.sums + t0 * groups;
-    for (std::int64_t g = 0; g < groups; ++g) {
-        vi sum[T][V];
-        clear(sum);
-#pragma GCC unroll 8
-        for (int step = 0; step < kGroupSteps; ++step) {
-            fetch(line + kAhead);
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-                const auto code = prepare8(iload(line + v * kLanes * 4));
+                part += kLine;
 #pragma GCC unroll 8
                 for (int t = 0; t < T; ++t) {
                     const std::int8_t* at = codes + t * x.padded + g * kScaleGroup + 4 * step;
-                    sum[t][v] = dot8(sum[t][v], code, broadcast_codes(at));
+                    const vi x_low = broadcast_codes(at);
+                    const vi x_high = broadcast_codes(at + 4);
+#pragma GCC unroll 2
+                    for (int v = 0; v < V; ++v) {
+                        sum[t][v] = dot4(dot4(sum[t][v], low[v], x_low), high[v], x_high);
+                    }
                 }
             }
-            line += kLine;
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-            const vf scale = vset(scales[t * groups + g]);
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v) {
-                const vi product = finish8(sum[t][v], iset(eights[t * groups + g]));
-                total[t][v] = vfma(vfrom_int(product), scale, total[t][v]);
+                const vf w_scale = int4_scale(block, g, first + v);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) {
+                    const vf scale = vmul(w_scale, vset(scales[t * groups + g]));
+                    const std::int32_t eight = eights[t * groups + g];
+                    vf product;
+                    if constexpr (kZeros) {
+                        const vf shift = vmul(int4_zero(block, g, first + v),
+                                              vset(0.125F * static_cast<float>(eight)));
+                        product = vsub(vfrom_int(finish4(sum[t][v])), shift);
+                    } else {
+                        product = vfrom_int(isub(finish4(sum[t][v]), iset(eight)));
+                    }
+                    total[s][t][v] = vfma(product, scale, total[s][t][v]);
+                }
             }
         }
+        line += kGroupSteps / 2 * kLine;
     }
-    store_scaled(out + t0 * kRows, first, total, w.scales);
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        store(out + s * kRows + t0 * kRows, first, total[s]);
+    }
+}
+
+template <int S, int T, int V>
+inline void int8_int8_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
+                           float* out) {
+    static_assert(S == 1 || T == 1);
+    const std::byte* line = w.codes + first * kLanes * 4;
+    vf total[S][T][V];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        clear(total[s]);
+    }
+    const std::int8_t* codes = x.codes + t0 * x.padded;
+    const std::int64_t groups = x.padded / kScaleGroup;
+    const float* scales = x.scales + t0 * groups;
+    const std::int32_t* eights = x.sums + t0 * groups;
+    for (std::int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) {
+            const std::byte* part = line + s * w.bytes;
+            vi sum[T][V];
+            clear(sum);
+#pragma GCC unroll 8
+            for (int step = 0; step < kGroupSteps; ++step) {
+                fetch(part + kAhead);
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) {
+                    const auto code = prepare8(iload(part + v * kLanes * 4));
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; ++t) {
+                        const std::int8_t* at = codes + t * x.padded + g * kScaleGroup + 4 * step;
+                        sum[t][v] = dot8(sum[t][v], code, broadcast_codes(at));
+                    }
+                }
+                part += kLine;
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const vf scale = vset(scales[t * groups + g]);
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) {
+                    const vi product = finish8(sum[t][v], iset(eights[t * groups + g]));
+                    total[s][t][v] = vfma(vfrom_int(product), scale, total[s][t][v]);
+                }
+            }
+        }
+        line += kGroupSteps * kLine;
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        store_scaled(out + s * kRows + t0 * kRows, first, total[s], w.scales + s * w.bytes);
+    }
 }
 
 // acc[t] += w * x[t][input] for the weights w of one input
@@ -308,56 +344,71 @@ inline void bf16_float_tile(const Block& w, int first, const Tokens& x, std::int
     store(out + t0 * kRows, first, even);
 }
 
-// Covers `count` tokens with tiles: tall ones, one vector of rows at a time, then what is left.
-template <class Tile>
-inline void cover(std::int64_t count, const Tile& tile) {
-    std::int64_t t = 0;
-    for (; t + kTall <= count; t += kTall) {
+// Covers blocks and tokens with tiles: one token by several blocks; or tall ones, one vector of rows
+// at a time, then what is left.
+template <int S, class Tile>
+inline void cover(const Block& blocks, const Tokens& x, float* out, const Tile& tile) {
+    std::int64_t b = 0;
+    for (; x.count == 1 && b + S <= blocks.count; b += S) {
+        tile.template operator()<S, 1, kVectors>(block_of(blocks, b), 0, 0, out + b * kRows);
+    }
+    for (; b < blocks.count; ++b) {
+        const Block w = block_of(blocks, b);
+        float* to = out + b * x.count * kRows;
+        std::int64_t t = 0;
+        for (; t + kTall <= x.count; t += kTall) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-            tile.template operator()<kTall, 1>(v, t);
+            for (int v = 0; v < kVectors; ++v) {
+                tile.template operator()<1, kTall, 1>(w, v, t, to);
+            }
+        }
+        for (; t + kWide <= x.count; t += kWide) {
+            tile.template operator()<1, kWide, kVectors>(w, 0, t, to);
+        }
+        for (; t < x.count; ++t) {
+            tile.template operator()<1, 1, kVectors>(w, 0, t, to);
         }
     }
-    for (; t + kWide <= count; t += kWide) {
-        tile.template operator()<kWide, kVectors>(0, t);
-    }
-    for (; t < count; ++t) {
-        tile.template operator()<1, kVectors>(0, t);
-    }
 }
 
-void int4_int8(const Block& w, const Tokens& x, float* out) {
-    if (w.zeros != nullptr) {
-        cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-            int4_int8_tile<T, V, true>(w, first, x, t, out);
-        });
+void int4_int8(const Block& blocks, const Tokens& x, float* out) {
+    const auto with = [&]<bool kZeros>(std::bool_constant<kZeros>) {
+        cover<kStreams>(blocks, x, out,
+                        [&]<int S, int T, int V>(const Block& w, int v, std::int64_t t, float* to) {
+                            int4_int8_tile<S, T, V, kZeros>(w, v, x, t, to);
+                        });
+    };
+    if (blocks.zeros != nullptr) {
+        with(std::true_type{});
     } else {
-        cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-            int4_int8_tile<T, V, false>(w, first, x, t, out);
-        });
+        with(std::false_type{});
     }
 }
 
-void int4_float(const Block& w, const Tokens& x, float* out) {
-    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-        int4_float_tile<T, V>(w, first, x, t, out);
-    });
+void int8_int8(const Block& blocks, const Tokens& x, float* out) {
+    cover<kStreams>(blocks, x, out,
+                    [&]<int S, int T, int V>(const Block& w, int v, std::int64_t t, float* to) {
+                        int8_int8_tile<S, T, V>(w, v, x, t, to);
+                    });
 }
 
-void int8_int8(const Block& w, const Tokens& x, float* out) {
-    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-        int8_int8_tile<T, V>(w, first, x, t, out);
-    });
+void int4_float(const Block& blocks, const Tokens& x, float* out) {
+    cover<1>(blocks, x, out,
+             [&]<int S, int T, int V>(const Block& w, int v, std::int64_t t, float* to) {
+                 int4_float_tile<T, V>(w, v, x, t, to);
+             });
 }
 
-void int8_float(const Block& w, const Tokens& x, float* out) {
-    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-        int8_float_tile<T, V>(w, first, x, t, out);
-    });
+void int8_float(const Block& blocks, const Tokens& x, float* out) {
+    cover<1>(blocks, x, out,
+             [&]<int S, int T, int V>(const Block& w, int v, std::int64_t t, float* to) {
+                 int8_float_tile<T, V>(w, v, x, t, to);
+             });
 }
 
-void bf16_float(const Block& w, const Tokens& x, float* out) {
-    cover(x.count, [&]<int T, int V>(int first, std::int64_t t) {
-        bf16_float_tile<T, V>(w, first, x, t, out);
-    });
+void bf16_float(const Block& blocks, const Tokens& x, float* out) {
+    cover<1>(blocks, x, out,
+             [&]<int S, int T, int V>(const Block& w, int v, std::int64_t t, float* to) {
+                 bf16_float_tile<T, V>(w, v, x, t, to);
+             });
 }

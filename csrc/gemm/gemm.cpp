@@ -26,11 +26,11 @@ const Kernels& active_kernels() noexcept {
     return baseline::kKernels;
 }
 
-Block block_at(const Layout& layout, const std::byte* data) noexcept {
+Block blocks_at(const Layout& layout, const std::byte* data, std::int64_t count) noexcept {
     const std::byte* scales = data + layout.code_bytes();
     const int shift = layout.group == 128 ? 2 : layout.group == 64 ? 1 : 0;
     const std::byte* zeros = layout.zero_points ? scales + layout.scale_bytes() : nullptr;
-    return {data, scales, zeros, layout.block_bytes(), shift};
+    return {data, scales, zeros, layout.block_bytes(), shift, count};
 }
 
 Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<float, 2> out,
@@ -55,7 +55,7 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
         return no_memory("activations", static_cast<std::int64_t>(bytes));
     }
     const Kernels& kernels = active_kernels();
-    const BlockTimesTokens product = kernels.pick(layout.format, compute);
+    const BlocksTimesTokens product = kernels.pick(layout.format, compute);
     const TokenRoom room(memory, tokens, padded, compute);
     parallel_for(tokens, tokens * padded < 16384 ? 1 : threads, [&](std::int64_t t) noexcept {
         room.put_token(kernels, t, x.at(t, 0), layout.inputs);
@@ -64,9 +64,13 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
     const std::int64_t run = std::max<std::int64_t>(1, blocks / (std::int64_t{16} * threads));
     parallel_for(divide_up(blocks, run), threads, [&](std::int64_t task) noexcept {
         alignas(kAlign) std::array<float, kTokenChunk * kRows> tile;
-        for (std::int64_t b = task * run; b < std::min(blocks, (task + 1) * run); ++b) {
-            const Block block = block_at(layout, w.block(b));
-            const std::int64_t rows = std::min(kRows, layout.rows - b * kRows);
+        const std::int64_t end = std::min(blocks, (task + 1) * run);
+        // As many blocks as the tile has room for where there is one token.
+        const std::int64_t most = tokens == 1 ? kTokenChunk : 1;
+        for (std::int64_t b = task * run; b < end; b += most) {
+            const std::int64_t some = std::min(most, end - b);
+            const Block block = blocks_at(layout, w.block(b), some);
+            const std::int64_t rows = std::min(some * kRows, layout.rows - b * kRows);
             for (std::int64_t t0 = 0; t0 < tokens; t0 += kTokenChunk) {
                 const std::int64_t count = std::min(kTokenChunk, tokens - t0);
                 product(block, room.part(t0, count), tile.data());

@@ -118,9 +118,21 @@ void silu_multiply(float* gate, const float* up, std::int64_t n) {
     }
 }
 
+template <BlocksTimesTokens kOne>
+void each_block(const Block& blocks, const Tokens& x, float* out) {
+    Block w = blocks;
+    for (std::int64_t b = 0; b < blocks.count; ++b) {
+        kOne(w, x, out + b * x.count * kRows);
+        w.codes += w.bytes;
+        w.scales += w.bytes;
+        w.zeros = w.zeros == nullptr ? nullptr : w.zeros + w.bytes;
+    }
+}
+
 }  // namespace
 
-const Kernels kKernels{bf16_float, int8_float, int8_int8,    int4_float,
-                       int4_int8,  quantize,   silu_multiply};
+const Kernels kKernels{each_block<bf16_float>, each_block<int8_float>, each_block<int8_int8>,
+                       each_block<int4_float>, each_block<int4_int8>,  quantize,
+                       silu_multiply};
 
 }  // namespace quernstone::gemm::baseline

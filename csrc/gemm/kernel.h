@@ -4,20 +4,23 @@
 
 #include "gemm/gemm.h"
 
-// What an instruction-set level gives: a block of weights times any number of tokens.
+// What an instruction-set level gives: blocks of weights times any number of tokens.
 namespace quernstone::gemm {
 
 inline constexpr std::int64_t kLine = 64;  // bytes: 4 of every row of a block
 
-// The parts of a packed block; a plain struct, since the levels share no function.
+// The parts of the first of `count` packed blocks, one behind the other; a plain struct, since the
+// levels share no function.
 struct Block {
     const std::byte* codes;
     const std::byte* scales;
     const std::byte* zeros;  // null: code 8 is zero
     std::int64_t bytes;      // of the block: where the next one begins
     int group_shift;         // groups of 32 << group_shift inputs share an int4 scale
+    std::int64_t count;
 };
-[[nodiscard]] Block block_at(const Layout& layout, const std::byte* data) noexcept;
+[[nodiscard]] Block blocks_at(const Layout& layout, const std::byte* data,
+                              std::int64_t count) noexcept;
 
 // Tokens as a level wants them, made by TokenRoom: codes of int8 with a scale per
 // kScaleGroup inputs, or fp32. Inputs beyond `inputs` are 0 up to `padded`.
@@ -31,18 +34,18 @@ struct Tokens {
     std::int64_t count;
 };
 
-// Writes out[t][0..kRows) for every token: t rows of kRows floats, row by row.
-using BlockTimesTokens = void (*)(const Block& block, const Tokens& x, float* out);
+// Writes out[b][t][0..kRows) for every block and token, rows of kRows floats.
+using BlocksTimesTokens = void (*)(const Block& blocks, const Tokens& x, float* out);
 
 struct Kernels {
-    BlockTimesTokens bf16_float, int8_float, int8_int8, int4_float, int4_int8;
+    BlocksTimesTokens bf16_float, int8_float, int8_int8, int4_float, int4_int8;
     // One token to codes, scales and sums; inputs beyond n count as 0.
     void (*quantize)(const float* x, std::int64_t n, std::int64_t padded, std::int8_t* codes,
                      float* scales, std::int32_t* sums);
     // silu(gate) * up, element by element, in place of gate
     void (*silu_multiply)(float* gate, const float* up, std::int64_t n);
 
-    [[nodiscard]] constexpr BlockTimesTokens pick(Format format, Compute compute) const noexcept {
+    [[nodiscard]] constexpr BlocksTimesTokens pick(Format format, Compute compute) const noexcept {
         switch (format) {
             case Format::kBf16:
                 return bf16_float;

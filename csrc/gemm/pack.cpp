@@ -145,7 +145,7 @@ Status unpack(const Matrix& matrix, View<float, 2> to) noexcept {
     QS_TRY(same("to.shape[0]", to.extent[0], "", layout.rows));
     QS_TRY(same("to.shape[1]", to.extent[1], "", layout.inputs));
     for (std::int64_t n = 0; n < layout.rows; ++n) {
-        const Block block = block_at(layout, matrix.block(n / kRows));
+        const Block block = blocks_at(layout, matrix.block(n / kRows), 1);
         const std::int64_t row = n % kRows;
         for (std::int64_t k = 0; k < layout.inputs; ++k) {
             *to.at(n, k) = weight(layout.format, block, row, k);

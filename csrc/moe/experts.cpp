@@ -171,7 +171,7 @@ class Forward {
     }
 
     void make_unit(const Active& active, std::int64_t unit, bool last) const noexcept {
-        alignas(gemm::kAlign) std::array<float, kTokenChunk * kRows> gate, up;
+        alignas(gemm::kAlign) std::array<float, kTokenChunk * 2 * kRows> both;
         alignas(gemm::kAlign) std::array<float, kTokenChunk * kUnit> inner;
         const std::int64_t first = unit * kUnit;
         const std::int64_t rows = std::min(kUnit, e_.intermediate - first);
@@ -179,14 +179,19 @@ class Forward {
         for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
             const std::int64_t count = std::min(kTokenChunk, active.count - t0);
             const gemm::Tokens x = inputs(active.begin + t0, count);
-            for (std::int64_t part = 0; part < rows; part += kRows) {
-                const std::byte* pair =
+            // Blocks of gate and up take turns; one token is multiplied by the whole unit.
+            const std::int64_t pairs = count == 1 ? divide_up(rows, kRows) : 1;
+            for (std::int64_t part = 0; part < rows; part += pairs * kRows) {
+                const std::byte* at =
                     expert(active.expert) + (first + part) / kRows * 2 * block_bytes;
-                product_(gemm::block_at(gate_, pair), x, gate.data());
-                product_(gemm::block_at(gate_, pair + block_bytes), x, up.data());
-                kernels_.silu_multiply(gate.data(), up.data(), count * kRows);
-                for (std::int64_t t = 0; t < count; ++t) {
-                    std::copy_n(gate.data() + t * kRows, kRows, inner.data() + t * kUnit + part);
+                product_(gemm::blocks_at(gate_, at, 2 * pairs), x, both.data());
+                for (std::int64_t pair = 0; pair < pairs; ++pair) {
+                    float* gate = both.data() + pair * 2 * count * kRows;
+                    kernels_.silu_multiply(gate, gate + count * kRows, count * kRows);
+                    float* to = inner.data() + part + pair * kRows;
+                    for (std::int64_t t = 0; t < count; ++t) {
+                        std::copy_n(gate + t * kRows, kRows, to + t * kUnit);
+                    }
                 }
             }
             for (std::int64_t t = 0; t < count; ++t) {
@@ -212,18 +217,19 @@ class Forward {
                 std::fill_n(a_.out.at(t, row), rows, 0.0F);
             }
             for (std::int64_t i = 0; i < active_count_; ++i) {
-                for (std::int64_t b = begin; b < end; ++b) {
-                    add_block(active_[i], b);
+                const std::int64_t most = active_[i].count == 1 ? kTokenChunk : 1;
+                for (std::int64_t b = begin; b < end; b += most) {
+                    add_blocks(active_[i], b, std::min(most, end - b));
                 }
             }
         });
     }
 
-    void add_block(const Active& active, std::int64_t b) const noexcept {
+    void add_blocks(const Active& active, std::int64_t b, std::int64_t some) const noexcept {
         alignas(gemm::kAlign) std::array<float, kTokenChunk * kRows> tile;
-        const gemm::Block block = gemm::block_at(
-            down_, expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes());
-        const std::int64_t rows = std::min(kRows, e_.hidden - b * kRows);
+        const gemm::Block block = gemm::blocks_at(
+            down_, expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes(), some);
+        const std::int64_t rows = std::min(some * kRows, e_.hidden - b * kRows);
         for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
             const std::int64_t count = std::min(kTokenChunk, active.count - t0);
             product_(block, inner_.part(active.begin + t0, count), tile.data());
@@ -243,7 +249,7 @@ class Forward {
     int threads_;
     Layout gate_, down_;
     const gemm::Kernels& kernels_;
-    gemm::BlockTimesTokens product_;
+    gemm::BlocksTimesTokens product_;
 
     Assignment* assignments_ = nullptr;  // by expert, then by token
     Active* active_ = nullptr;
