@@ -27,6 +27,10 @@ class Stage:
     def clock(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        if seconds:
+            self.log.append("rest")
+
     def work(self, name: str, seconds: float, result: Any = None) -> Callable[[], Any]:
         def run() -> Any:
             self.log.append(name)
@@ -71,7 +75,8 @@ class FakeBenchmark:
 def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     stage = Stage()
     with monkeypatch.context() as patch:
-        patch.setattr("quernstone.bench.harness.time", SimpleNamespace(perf_counter=stage.clock))
+        time = SimpleNamespace(perf_counter=stage.clock, sleep=stage.sleep)
+        patch.setattr("quernstone.bench.harness.time", time)
         yield stage
 
 

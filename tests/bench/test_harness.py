@@ -1,10 +1,20 @@
 """Right first, then timed; rivals alternate with ours in the same rounds."""
 
+import itertools
 import math
 
 import pytest
 
-from quernstone.bench.harness import Absent, Check, Limit, Pace, Rounds, WrongResult
+from quernstone.bench.harness import (
+    Absent,
+    Check,
+    Limit,
+    Pace,
+    Rounds,
+    Slope,
+    SlopeRival,
+    WrongResult,
+)
 from tests.bench.fakes import ALWAYS_RIGHT, Stage, measure
 
 FIVE = Pace(seconds=0.0, least=5, most=5)
@@ -160,6 +170,51 @@ def test_short_calls_are_repeated_within_a_round(stage: Stage) -> None:
 def test_rounds_fit_the_time_within_their_bounds() -> None:
     pace = Pace(seconds=10.0, least=3, most=50)
     assert [pace.rounds(seconds) for seconds in (100.0, 1.0, 0.001, 0.0)] == [3, 10, 50, 50]
+
+
+def test_a_slope_is_what_one_unit_more_costs_each(stage: Stage) -> None:
+    fixture, _ = measure(stage)
+    row = fixture.slope(
+        what="a unit",
+        ours=Slope(stage.work("less", 0.004), stage.work("more", 0.010), units=6),
+        check=ALWAYS_RIGHT,
+        rivals=[
+            SlopeRival(
+                "other",
+                Slope(stage.work("its less", 0.100), stage.work("its more", 0.112), units=6),
+                ALWAYS_RIGHT,
+            ),
+            Absent("gone", "pip install gone"),
+        ],
+        pace=FIVE,
+    )
+    assert row.ours == pytest.approx(1.0)
+    assert row.rivals["other"].median == pytest.approx(2.0)
+    assert row.rivals["other"].ratio == row.ratio == pytest.approx(2.0)
+    assert row.rivals["gone"].absent == "pip install gone"
+    timed = _timed(stage)
+    assert {name: timed.count(name) for name in set(timed)} == {
+        "rest": 20,
+        "less": 5,
+        "more": 5,
+        "its less": 5,
+        "its more": 5,
+    }
+    assert all(a == "rest" for a, b in itertools.pairwise(timed) if b != "rest")
+
+
+def test_a_wrong_rival_has_no_slope(stage: Stage) -> None:
+    fixture, _ = measure(stage)
+    both = Slope(stage.work("less", 0.1), stage.work("more", 0.2), units=1)
+    row = fixture.slope(
+        what="a unit",
+        ours=both,
+        check=ALWAYS_RIGHT,
+        rivals=[SlopeRival("other", both, WRONG)],
+        pace=FIVE,
+    )
+    assert "not timed: its error 1" in (row.rivals["other"].absent or "")
+    assert row.ratio is None
 
 
 def test_relative_gives_the_upper_bound_of_the_paired_ratio(stage: Stage) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from quernstone.bench import bench_moe_experts as experts
 from quernstone.bench import bench_moe_routing as routing
 from quernstone.bench import bench_moe_schedule as schedule
 from quernstone.bench import figures_moe, targets
-from quernstone.bench.cases.experts import OF, Calls, ExpertCase
+from quernstone.bench.cases.experts import OF, Calls, ExpertCase, relative
 from quernstone.bench.rivals import experts as rivals
+from quernstone.bench.rivals import ik_llama
 from quernstone.bench.tinylm import experts as tiny
 from quernstone.quant import Scheme, quantize
 
@@ -63,6 +66,32 @@ def test_kt_kernels_int4_is_packed_as_it_reads_it() -> None:
     got = (codes.view(32, 2, 32) * scales[0].float()[:, :, None]).view(32, 64)
     scheme = Scheme(4, True, "group", 32, "bf16", full_range=True)
     assert torch.equal(got, quantize(wide[0, :32], scheme).dequantize())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("repack", [False, True])
+def test_ik_llama_chooses_and_computes_the_same_experts(
+    tmp_path: Path, kind: ik_llama.Kind, repack: bool
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(8, 512, 256, generator=generator).mul_(256**-0.5)
+    narrow = torch.randn(8, 256, 256, generator=generator).mul_(256**-0.5)
+    path = tmp_path / "layer.gguf"
+    model = ik_llama.write_one_layer(path, wide, narrow, kind)
+    for top_k in (1, 3):
+        session = ik_llama.Session(path, threads=1, top_k=top_k, repack=repack)
+        got = torch.from_numpy(session.step([7]))
+        session.close()
+        want = ik_llama.first_logits(
+            model, lambda e: (*wide[e].chunk(2), narrow[e]), token=7, top_k=top_k
+        )
+        assert relative(got, want) <= ik_llama.TOLERANCE[kind]
+
+
+def test_ik_llama_says_that_it_cannot_load_a_file(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RuntimeError, match=r"cannot load broken\.gguf"):
+        ik_llama.Session(tmp_path / "broken.gguf", threads=1)
 
 
 def test_gating_is_measured_on_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -433,20 +433,27 @@ def _profile_cpu(
     def seconds(together: int, load: int) -> float:
         nonlocal turn
         rows = x[: together * load]
+        ids = (torch.arange(together).repeat_interleave(load)[:, None] + turn) % count
+        turn += together
         weights = torch.ones(len(rows), 1)
-        times = []
-        for _ in range(rounds + 1):
-            ids = (torch.arange(together).repeat_interleave(load)[:, None] + turn) % count
-            turn += together
-            begin = time.perf_counter()
-            experts(rows, ids, weights)
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times[1:])
+        begin = time.perf_counter()
+        experts(rows, ids, weights)
+        return time.perf_counter() - begin
+
+    # Round by round, so that a slow spell of the machine reaches every load alike.
+    calls = [(together, load) for load in loads for together in (1, _TOGETHER)]
+    times: dict[tuple[int, int], list[float]] = {call: [] for call in calls}
+    for call in calls:
+        seconds(*call)
+    for _ in range(rounds):
+        for call in calls:
+            times[call].append(seconds(*call))
+    median = {call: statistics.median(each) for call, each in times.items()}
 
     found = []
     first = 0.0
     for load in loads:
-        alone, several = seconds(1, load), seconds(_TOGETHER, load)
+        alone, several = median[1, load], median[_TOGETHER, load]
         each = max((several - alone) / (_TOGETHER - 1), several / _TOGETHER / 2)
         if load == loads[0]:
             first = max(0.0, alone - each)
