@@ -312,36 +312,51 @@ inline void int8_float_tile(const Block& w, int first, const Tokens& x, std::int
     store_scaled(out + t0 * kRows, first, sum, w.scales);
 }
 
-template <int T, int V>
+template <int S, int T, int V>
 inline void bf16_float_tile(const Block& w, int first, const Tokens& x, std::int64_t t0,
                             float* out) {
+    static_assert(S == 1 || T == 1);
     const std::byte* line = w.codes + first * kLanes * 4;
     const float* values = x.values + t0 * x.padded;
     const vi upper = iset(static_cast<std::int32_t>(0xffff0000U));
-    vf even[T][V], odd[T][V];
-    clear(even);
-    clear(odd);
-    for (std::int64_t k = 0; k < x.padded; k += 2) {
-        vf first_input[V], second_input[V];
-        fetch(line + kAhead);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            const vi pair = iload(line + v * kLanes * 4);
-            first_input[v] = vfrom_bits(ishift_left<16>(pair));
-            second_input[v] = vfrom_bits(iand(pair, upper));
-        }
-        line += kLine;
-        add_input(even, first_input, values + k, x.padded);
-        add_input(odd, second_input, values + k + 1, x.padded);
+    vf even[S][T][V], odd[S][T][V];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+        clear(even[s]);
+        clear(odd[s]);
     }
+    for (std::int64_t k = 0; k < x.padded; k += kScaleGroup) {
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) {
+            const std::byte* part = line + s * w.bytes;
+#pragma GCC unroll 4
+            for (int step = 0; step < kScaleGroup; step += 2) {
+                vf first_input[V], second_input[V];
+                fetch(part + kAhead);
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) {
+                    const vi pair = iload(part + v * kLanes * 4);
+                    first_input[v] = vfrom_bits(ishift_left<16>(pair));
+                    second_input[v] = vfrom_bits(iand(pair, upper));
+                }
+                part += kLine;
+                add_input(even[s], first_input, values + k + step, x.padded);
+                add_input(odd[s], second_input, values + k + step + 1, x.padded);
+            }
+        }
+        line += kScaleGroup / 2 * kLine;
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
+        for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-            even[t][v] = vadd(even[t][v], odd[t][v]);
+            for (int v = 0; v < V; ++v) {
+                even[s][t][v] = vadd(even[s][t][v], odd[s][t][v]);
+            }
         }
+        store(out + s * kRows + t0 * kRows, first, even[s]);
     }
-    store(out + t0 * kRows, first, even);
 }
 
 // Covers blocks and tokens with tiles: one token by several blocks; or tall ones, one vector of rows
@@ -407,8 +422,8 @@ void int8_float(const Block& blocks, const Tokens& x, float* out) {
 }
 
 void bf16_float(const Block& blocks, const Tokens& x, float* out) {
-    cover<1>(blocks, x, out,
+    cover<2>(blocks, x, out,
              [&]<int S, int T, int V>(const Block& w, int v, std::int64_t t, float* to) {
-                 bf16_float_tile<T, V>(w, v, x, t, to);
+                 bf16_float_tile<S, T, V>(w, v, x, t, to);
              });
 }
