@@ -217,6 +217,9 @@ def test_names_what_cannot_be_computed() -> None:
         experts(x, ids.clamp(min=0) * 0 + torch.tensor([3, 0]), weights)
     with pytest.raises(ValueError, match="compute: got 'int8' with bf16 weights"):
         experts(x, ids, weights, compute="int8")
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="weights: got a number that is not finite"):
+            experts(x, ids, torch.where(ids == ids[2, 1], bad, weights))
     with pytest.raises(ValueError, match="logits: got a number that is not finite"):
         route(torch.tensor([[1.0, torch.nan]]), 1)
     with pytest.raises(ValueError, match="top_k: got 3, expected 1 to 2"):

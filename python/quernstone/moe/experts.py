@@ -218,7 +218,7 @@ class Experts:
         Args:
             x: [t, m] fp32 or bf16, on the CPU.
             ids: [t, c] int64, the experts of a token, none twice; -1 is none here.
-            weights: [t, c] fp32, what each counts.
+            weights: [t, c] fp32, what each counts, finite.
             compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. None is
                 "int8" for int8 and int4 weights, and "float" for bf16, which has no other.
 
@@ -226,7 +226,7 @@ class Experts:
             [t, m] in the dtype of x.
 
         Raises:
-            ValueError: a shape, an id or a compute out of its range.
+            ValueError: a shape, an id or a compute out of its range, a weight that is not finite.
             TypeError: a tensor of another dtype.
 
         Source: the feed-forward block of Mixtral (arXiv 2401.04088, section 2.1). Oracles: the
