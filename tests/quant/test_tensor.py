@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -72,6 +74,34 @@ def test_names_the_part_that_does_not_fit() -> None:
         QTensor(scheme, (3, 8), good.packed, good.scales * float("nan"))
     with pytest.raises(ValueError, match="not finite and positive"):
         QTensor(scheme, (3, 8), good.packed, good.scales * 0)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_code_below_the_lowest_is_refused_in_bytes_too(bits: int) -> None:
+    """2^bits - 1 codes leave one pattern of bits that is none."""
+    scheme = Scheme(bits)
+    packed = torch.full((bits,), 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"packed: got the code {2 ** (bits - 1)}, expected"):
+        QTensor(scheme, (1, 8), packed, torch.ones(1, 1))
+    whole = QTensor(Scheme(bits, full_range=True), (1, 8), packed, torch.ones(1, 1))
+    assert int(whole.codes().max()) == whole.scheme.highest
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("bf16", [1.0, 1.0078125, 2.0**-100], 1.00390625),
+        ("power-of-two", [1.0, 2.0**-100, 2.0**100], 1.5),
+        ("two-shift", [1.0, 1.5, 3.0, 1.00390625], 1.75),
+        ("two-shift", [2.0**-100], 1.001953125),
+    ],
+)
+def test_a_scale_of_another_kind_is_refused(kind: Any, good: list[float], bad: float) -> None:
+    scheme = Scheme(4, scale=kind)
+    for scale in good:
+        QTensor(scheme, (1, 2), torch.zeros(1, dtype=torch.uint8), torch.tensor([[scale]]))
+    with pytest.raises(ValueError, match=f"scales: got a number that '{kind}' does not hold"):
+        QTensor(scheme, (1, 2), torch.zeros(1, dtype=torch.uint8), torch.tensor([[bad]]))
 
 
 def test_names_the_code_that_is_none() -> None:

@@ -27,7 +27,8 @@ class QTensor:
 
     Raises:
         ValueError, TypeError: a part has another dtype or size than scheme and shape imply, or a
-            scale is not finite and positive, or a zero point is not a code.
+            scale is not finite and positive or none of the scheme's kind, or a code or a zero point
+            is not one of its codes.
     """
 
     scheme: Scheme
@@ -42,6 +43,18 @@ class QTensor:
         expect(self.scales, "scales", torch.float32, table)
         if not bool(torch.isfinite(self.scales).all()) or not bool((self.scales > 0).all()):
             raise ValueError("scales: got a number that is not finite and positive, expected none")
+        if not bool(can_hold(self.scheme, self.scales).all()):
+            raise ValueError(
+                f"scales: got a number that {self.scheme.scale!r} does not hold, expected none"
+            )
+        spare = self.scheme.highest - self.scheme.lowest + 1
+        if spare < self.scheme.levels and self.numel:
+            most = int(unpack_bits(self.packed, self.scheme.bits, self.numel).max())
+            if most == spare:
+                raise ValueError(
+                    f"packed: got the code {most + self.scheme.lowest}, expected at most "
+                    f"{self.scheme.highest}"
+                )
         if self.scheme.symmetric:
             if self.zero_points is not None:
                 raise ValueError("zero_points: got some, expected None with a symmetric scheme")
@@ -116,6 +129,19 @@ def expect(x: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> 
         raise ValueError(f"{name}.device: got {x.device}, expected cpu")
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}.shape: got {tuple(x.shape)}, expected {shape}")
+
+
+def can_hold(scheme: Scheme, scales: Tensor) -> Tensor:
+    """Whether each finite, positive scale is one of the scheme's kind."""
+    if scheme.scale == "fp32":
+        return torch.ones_like(scales, dtype=torch.bool)
+    if scheme.scale == "bf16":
+        return scales == scales.bfloat16().float()
+    # Of 2^a (1 + f), f is 0 or, with two shifts, 2^-8 to 1/2.
+    rest = 2.0 * scales.frexp().mantissa - 1.0
+    if scheme.scale == "power-of-two":
+        return rest == 0.0
+    return (rest == 0.0) | ((rest.frexp().mantissa == 0.5) & (rest >= 2.0**-8))
 
 
 def groups_of(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int, int]:
