@@ -112,6 +112,10 @@ def test_names_the_code_that_is_none() -> None:
         pack_bits(torch.tensor([8], dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match="bits: got 9, expected 2 to 8"):
         pack_bits(torch.zeros(0, dtype=torch.uint8), 9)
+    with pytest.raises(ValueError, match=f"bits: got {2**40}, expected 2 to 8"):
+        pack_bits(torch.zeros(2, dtype=torch.uint8), 2**40)
+    with pytest.raises(ValueError, match="count: got -1, expected 0 or more"):
+        unpack_bits(torch.zeros(0, dtype=torch.uint8), 4, -1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quernstone import _core
-from quernstone.quant.scheme import Scheme
+from quernstone.quant.scheme import MAX_BITS, MIN_BITS, Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,14 +183,24 @@ def packed_bytes(codes: int, bits: int) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes [count] uint8 as bytes, the lowest bit first; the last byte ends in zeros."""
+    _check_bits(bits)
     expect(codes, "codes", torch.uint8, (codes.numel(),))
     packed = torch.empty(packed_bytes(codes.numel(), bits), dtype=torch.uint8)
     _core.pack_bits(codes.contiguous().numpy(), bits, packed.numpy())
     return packed
 
 
+def _check_bits(bits: int) -> None:
+    # Before anything is sized by them.
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits: got {bits}, expected {MIN_BITS} to {MAX_BITS}")
+
+
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The `count` unsigned codes that `pack_bits` packed."""
+    _check_bits(bits)
+    if count < 0:
+        raise ValueError(f"count: got {count}, expected 0 or more")
     expect(packed, "packed", torch.uint8, (packed_bytes(count, bits),))
     codes = torch.empty(count, dtype=torch.uint8)
     _core.unpack_bits(packed.contiguous().numpy(), bits, codes.numpy())
