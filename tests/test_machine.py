@@ -109,7 +109,7 @@ def test_names_the_unit_that_does_not_measure_the_figure() -> None:
 def test_a_figure_beyond_float64_in_a_unit_is_told(value: float, own: str, unit: str) -> None:
     machine = Machine("odd", {"a.b": Figure(value, own, "assumed")})
     assert machine.value("a.b", own) == value
-    with pytest.raises(ValueError, match="machine 'odd': a.b is .*, expected what float64 holds"):
+    with pytest.raises(ValueError, match=r"machine 'odd': a.b is .*, expected what float64 holds"):
         machine.value("a.b", unit)
 
 

@@ -165,7 +165,7 @@ def simulate(
         part = Trace(whole.experts, whole.ids[:, :last], whole.steps[:last], scores, whole.meta)
         prices = _costs(costs, model)
         console.print(study(part, [slots]).to_text(), highlight=False)
-        found = module.simulate(part, prices, slots, cache=cache)  # type: ignore[arg-type]
+        found = module.simulate(part, prices, slots, cache=cache)
         table = _table("schedule", "ms a step", "over fixed")
         for name, seconds in found.seconds.items():
             table.add_row(
@@ -181,7 +181,7 @@ def simulate(
         if out is not None:
             step = part.number_of_steps - 1
             _write_plan(
-                module.plan_step(part, prices, slots, step, cache=cache),  # type: ignore[arg-type]
+                module.plan_step(part, prices, slots, step, cache=cache),
                 out,
             )
             console.print(f"[dim]written to[/dim] {out}", soft_wrap=True)

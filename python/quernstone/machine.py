@@ -178,8 +178,9 @@ class Machine:
         # Each figure was rounded once when it became a float.
         rounding = (1 + len(others)) * Fraction(1, 2**53)
         if abs(Fraction(figure.value) - product) > (Fraction(within) + rounding) * product:
+            shown = float(min(product, Fraction(_MOST)))
             raise ValueError(
-                f"machine {self.name!r}: {name} is {figure}, expected {float(min(product, _MOST)):g} "
+                f"machine {self.name!r}: {name} is {figure}, expected {shown:g} "
                 f"{figure.unit} within {100 * within:g} %: {told}"
             )
 

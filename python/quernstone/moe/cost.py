@@ -238,7 +238,8 @@ class CostModel:
             shape: of the experts.
 
         Raises:
-            ValueError: a figure is missing, contradicts another or gives no time that float64 holds.
+            ValueError: a figure is missing, contradicts another or gives no time that float64
+                holds.
         """
         for share in ("gpu.read_share", "gpu.rate_share", "link.share", "cpu.read_share"):
             if machine.value(share, "1") > 1.0:
@@ -266,7 +267,7 @@ class CostModel:
 
         gpu_rate = machine.value("gpu.rate", "FLOP/s") * machine.value("gpu.rate_share", "1")
         link = machine.value("link.bandwidth", "B/s") * machine.value("link.share", "1")
-        if not 0.0 < link or not math.isfinite(size / link):
+        if not link > 0.0 or not math.isfinite(size / link):
             raise ValueError(f"machine {machine.name!r}: got figures of link.* that give no time")
         return cls(
             shape,

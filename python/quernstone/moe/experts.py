@@ -291,7 +291,9 @@ class Experts:
             if isinstance(matrix, QTensor):
                 raise TypeError(f"{name}: got a QTensor, expected a Tensor for bf16")
             if not matrix.is_floating_point():
-                raise TypeError(f"{name}.dtype: got {matrix.dtype}, expected a floating-point dtype")
+                raise TypeError(
+                    f"{name}.dtype: got {matrix.dtype}, expected a floating-point dtype"
+                )
             if matrix.device.type != "cpu":
                 raise ValueError(f"{name}.device: got {matrix.device}, expected cpu")
             rounded = matrix.detach().bfloat16()
