@@ -238,6 +238,8 @@ def test_whole_costs_beyond_float64_are_exact(size: int) -> None:
         ([[(2**62, 1)]] * 2, 1, "options: got costs up to 9223372036854775808"),
         ([[(0, 1e308)]] * 2, 1, "options: got totals that overflow"),
         ([[(1e308, 0)]] * 2, 1, "options: got totals that overflow"),
+        ([[(10**308, 0)]] * 2 + [[(0.5, 0)]], 1, "options: got totals that overflow"),
+        ([[(0, Fraction(10) ** 400)]], 1, r"options\[0\]\[0\] loss: got inf"),
     ],
 )
 def test_names_the_number_out_of_range(options: Any, budget: float, message: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,26 @@ def test_names_the_unit_that_does_not_measure_the_figure() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "own", "unit"), [(1e308, "TFLOP/s", "FLOP/s"), (5e-324, "B", "TB")]
+)
+def test_a_figure_beyond_float64_in_a_unit_is_told(value: float, own: str, unit: str) -> None:
+    machine = Machine("odd", {"a.b": Figure(value, own, "assumed")})
+    assert machine.value("a.b", own) == value
+    with pytest.raises(ValueError, match=r"machine 'odd': a.b is .*, expected what float64 holds"):
+        machine.value("a.b", unit)
+
+
+def test_a_product_beyond_float64_is_told() -> None:
+    large = Figure(1e308, "1", "assumed")
+    machine = Machine("odd", {"a.a": large, "a.b": large, "a.c": large})
+    with pytest.raises(ValueError, match=r"a.a is 1e\+308 1 \(assumed\), expected 1.79769e\+308"):
+        machine.expect_product("a.a", ("a.b", "a.c"), within=0.5)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"value": Fraction(10) ** 400}, "value: got inf, expected a finite number"),
         ({"value": float("nan")}, "value: got nan, expected a finite number"),
         ({"value": float("inf")}, "value: got inf, expected a finite number"),
         ({"value": -1.0}, "value: got -1.0, expected a positive number"),

@@ -157,6 +157,7 @@ def test_names_what_is_out_of_range_in_an_interval(change: dict[str, Any], messa
     ("change", "message"),
     [
         ({"bytes": -1}, "bytes: got -1, expected 0 or more"),
+        ({"bytes": 10**400}, "bytes: got 1000.*, expected 0 or more and below 2\\^1000"),
         ({"end": 0.5}, "end: got 0.5, expected at least the start, 1.0"),
         ({"name": ""}, "name: got an empty string"),
         ({"space": ""}, "space: got an empty string"),
@@ -446,7 +447,9 @@ def test_pictures_are_the_same_in_every_run() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 239}, "width: got 239, expected 240 or more"),
+        ({"width": 239}, "width: got 239, expected 240 to 100000"),
+        ({"width": 100_001}, "width: got 100001, expected 240 to 100000"),
+        ({"width": float("inf")}, "width: got inf, expected a finite number"),
         ({"until": 1.9e-3}, "until: got 0.0019, expected 0.002 or more"),
         ({"until": float("nan")}, "until: got nan, expected a finite number"),
     ],

@@ -186,6 +186,11 @@ X = samples(2)[0]
         ),
         (lambda: hutchinson_trace(ONE.sum(), [], samples=2, seed=0), ValueError, "parameters: got"),
         (
+            lambda: hutchinson_trace(ONE.sum(), ONE, samples=2, seed=0),
+            TypeError,
+            "parameters: got a tensor, expected a sequence of them",
+        ),
+        (
             lambda: hutchinson_trace(ONE.sum(), [ONE, 3], samples=2, seed=0),
             TypeError,
             r"parameters\[1\]: got int, expected a tensor",

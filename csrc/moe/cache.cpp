@@ -1,5 +1,6 @@
 #include "moe/cache.h"
 
+#include <algorithm>
 #include <new>
 #include <type_traits>
 #include <vector>
@@ -174,7 +175,10 @@ Status replay(const ReplayArgs& args) noexcept {
     try {
         status = check_steps(args);
         if (status.ok()) {
-            dispatch(args);
+            // More slots than keys are as many, and their double does not overflow.
+            ReplayArgs bounded = args;
+            bounded.slots = std::min(args.slots, args.keys);
+            dispatch(bounded);
         }
         return status;
     } catch (const std::bad_alloc&) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 
 #include "common/parallel.h"
@@ -35,13 +36,16 @@ struct Counts {
     std::int64_t tokens, choices, assignments;
 };
 
-Status check_ids(const Experts& experts, const ForwardArgs& a, Counts& counts) noexcept {
+Status check_choices(const Experts& experts, const ForwardArgs& a, Counts& counts) noexcept {
     counts.assignments = 0;
     for (std::int64_t t = 0; t < counts.tokens; ++t) {
         for (std::int64_t c = 0; c < counts.choices; ++c) {
             const std::int64_t id = *a.ids.at(t, c);
             if (id < -1 || id >= experts.count) {
                 return invalid("ids", id, "-1 to", experts.count - 1);
+            }
+            if (id >= 0 && !std::isfinite(*a.weights.at(t, c))) {
+                return invalid("weights", "a number that is not finite", "finite numbers");
             }
             for (std::int64_t before = 0; id >= 0 && before < c; ++before) {
                 if (*a.ids.at(t, before) == id) {
@@ -294,7 +298,7 @@ Status forward(const Experts& experts, const ForwardArgs& a, int threads) noexce
     if (a.compute == Compute::kInt8 && experts.format == gemm::Format::kBf16) {
         return invalid("compute", "int8", "float with bf16 weights");
     }
-    QS_TRY(check_ids(experts, a, counts));
+    QS_TRY(check_choices(experts, a, counts));
     return Forward(experts, a, counts, threads).run();
 }
 

@@ -43,7 +43,7 @@ void place(const Experts& experts, const std::byte* gate, const std::byte* up,
 struct ForwardArgs {
     View<const float, 2> x;           // [t, m]
     View<const std::int64_t, 2> ids;  // [t, c] expert, or -1: none here; no expert twice
-    View<const float, 2> weights;     // [t, c]
+    View<const float, 2> weights;     // [t, c] finite, where the expert is here
     View<float, 2> out;               // [t, m] the weighted sum over c
     gemm::Compute compute = gemm::Compute::kFloat;
 };

@@ -160,8 +160,13 @@ Status cancel(const Queue& queue, const Kept& out, double& pcie_free) noexcept {
         const double begun = i == 0 ? queue.elapsed : 0.0;
         double stop = queue.transfer[i];
         if (queue.needed[i] == 0 && begun < queue.transfer[i]) {
-            const double tile = queue.transfer[i] / static_cast<double>(queue.tiles);
-            stop = begun > 0.0 ? std::min(stop, std::ceil(begun / tile) * tile) : 0.0;
+            const auto tiles = static_cast<double>(queue.tiles);
+            const double tile = queue.transfer[i] / tiles;
+            const double done = std::ceil(begun / tile);
+            // The last tile ends with the transfer, which `tiles * tile` may miss by rounding.
+            if (!(done >= tiles)) {
+                stop = begun > 0.0 ? std::min(stop, done * tile) : 0.0;
+            }
         }
         // A transfer whose end cannot be prevented is worth its place.
         const bool arrives = queue.needed[i] != 0 || (begun > 0.0 && stop >= queue.transfer[i]);

@@ -1,5 +1,6 @@
 """Checks of plain values that several public functions share."""
 
+import math
 import sys
 from numbers import Integral, Real
 
@@ -8,7 +9,10 @@ def number(where: str, value: object) -> float:
     """The value as an int where it is one, otherwise as a float; it is real and finite."""
     if not isinstance(value, Real):
         raise TypeError(f"{where}: got {type(value).__name__}, expected a real number")
-    result: float = int(value) if isinstance(value, Integral) else float(value)
+    try:
+        result: float = int(value) if isinstance(value, Integral) else float(value)
+    except OverflowError:  # a fraction
+        result = math.inf
     if not abs(result) <= sys.float_info.max:
         raise ValueError(f"{where}: got {result}, expected a finite number")
     return result

@@ -217,9 +217,11 @@ def _pareto(cost: _Numbers, loss: _Numbers) -> _Numbers:
 def _read(options: Iterable[Iterable[tuple[float, float]]]) -> list[_Group]:
     pairs = [_pairs(f"options[{at}]", group) for at, group in enumerate(options)]
     whole = all(isinstance(cost, int) for group in pairs for cost, _ in group)
-    most = sum(max(cost for cost, _ in group) for group in pairs)
-    if whole and most >= 2**63:
-        raise ValueError(f"options: got costs up to {most}, expected below 2**63 in total")
+    dearest = [max(cost for cost, _ in group) for group in pairs]
+    if whole and sum(dearest) >= 2**63:
+        raise ValueError(f"options: got costs up to {sum(dearest)}, expected below 2**63 in total")
+    # As floats, since a sum of ints may be beyond them all.
+    most = sum(map(float, dearest))
     if not math.isfinite(most + sum(max(abs(loss) for _, loss in group) for group in pairs)):
         raise ValueError("options: got totals that overflow, expected them to fit float64")
     groups = []

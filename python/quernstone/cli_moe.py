@@ -66,12 +66,16 @@ def profile(
 def plan(
     model: _Model = "deepseek-v2-lite",
     costs: _Costs = "a6000-xeon10",
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of the layer's input.")] = 1,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, max=65536, help="Of the layer's input.")
+    ] = 1,
     cached: Annotated[
         float, typer.Option("--cached", min=0, max=1, help="Share of experts on the GPU.")
     ] = 0.25,
     policy: Annotated[str, typer.Option("--policy", help="Of the schedule.")] = "hybrid",
-    seed: Annotated[int, typer.Option("--seed", help="Of the routing and of the cache.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the routing and of the cache.")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write the plan: .svg or .json.")
     ] = None,
@@ -147,8 +151,11 @@ def simulate(
 
         from quernstone.moe import Trace
         from quernstone.moe import simulate as module
+        from quernstone.moe.cache import POLICIES
         from quernstone.moe.study import study
 
+        if cache not in POLICIES:
+            raise ValueError(f"--cache: got {cache!r}, expected one of {', '.join(POLICIES)}")
         if out is not None and out.suffix not in (".svg", ".json"):
             raise ValueError(f"--out: got {out}, expected a name in .svg or .json")
         whole = _trace(trace)
@@ -158,7 +165,7 @@ def simulate(
         part = Trace(whole.experts, whole.ids[:, :last], whole.steps[:last], scores, whole.meta)
         prices = _costs(costs, model)
         console.print(study(part, [slots]).to_text(), highlight=False)
-        found = module.simulate(part, prices, slots, cache=cache)  # type: ignore[arg-type]
+        found = module.simulate(part, prices, slots, cache=cache)
         table = _table("schedule", "ms a step", "over fixed")
         for name, seconds in found.seconds.items():
             table.add_row(
@@ -174,7 +181,7 @@ def simulate(
         if out is not None:
             step = part.number_of_steps - 1
             _write_plan(
-                module.plan_step(part, prices, slots, step, cache=cache),  # type: ignore[arg-type]
+                module.plan_step(part, prices, slots, step, cache=cache),
                 out,
             )
             console.print(f"[dim]written to[/dim] {out}", soft_wrap=True)

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -49,6 +50,7 @@ def _units() -> dict[str, tuple[tuple[int, ...], Fraction]]:
 
 
 _UNITS = _units()
+_MOST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Machine:
                 ("us", "kB", "MiB"), rates of bytes and operations ("GB/s", "TFLOP/s"), and "1".
 
         Raises:
-            ValueError: there is no such figure or unit, or the figure measures something else.
+            ValueError: there is no such figure or unit, or the figure measures something else, or
+                it is no positive float64 in that unit.
         """
         figure = self.figure(name)
         kind, factor = _UNITS[_unit("unit", unit)]
@@ -141,7 +144,12 @@ class Machine:
             raise ValueError(
                 f"machine {self.name!r}: {name} is {figure}, expected a figure that {unit} measures"
             )
-        return float(Fraction(figure.value) * own_factor / factor)
+        exact = Fraction(figure.value) * own_factor / factor
+        if exact > _MOST or not float(exact):
+            raise ValueError(
+                f"machine {self.name!r}: {name} is {figure}, expected what float64 holds in {unit}"
+            )
+        return float(exact)
 
     def expect_product(self, name: str, factors: Sequence[str], *, within: float) -> None:
         """Refuses figures that contradict each other: one must be the product of others.
@@ -170,8 +178,9 @@ class Machine:
         # Each figure was rounded once when it became a float.
         rounding = (1 + len(others)) * Fraction(1, 2**53)
         if abs(Fraction(figure.value) - product) > (Fraction(within) + rounding) * product:
+            shown = float(min(product, Fraction(_MOST)))
             raise ValueError(
-                f"machine {self.name!r}: {name} is {figure}, expected {float(product):g} "
+                f"machine {self.name!r}: {name} is {figure}, expected {shown:g} "
                 f"{figure.unit} within {100 * within:g} %: {told}"
             )
 

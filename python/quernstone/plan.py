@@ -57,8 +57,8 @@ class Buffer:
         except TypeError:
             got = type(self.bytes).__name__
             raise TypeError(f"bytes: got {got}, expected a whole number") from None
-        if self.bytes < 0:
-            raise ValueError(f"bytes: got {self.bytes}, expected 0 or more")
+        if not 0 <= self.bytes < 2**1000:  # sums of them fit float64
+            raise ValueError(f"bytes: got {self.bytes}, expected 0 or more and below 2^1000")
         _check_times(self)
 
 
@@ -235,7 +235,7 @@ class Plan:
         it does not fit its bar; every bar tells its own when it is pointed at.
 
         Args:
-            width: of the picture, pixels, 240 or more; it shrinks with its page.
+            width: of the picture, pixels, 240 to 100,000; it shrinks with its page.
             until: the time at the right edge, so that plans can stand one above the other; None is
                 this plan's own end.
             kinds: the kinds in the order of the colours, for the same purpose; None takes them in
@@ -249,8 +249,8 @@ class Plan:
         Raises:
             ValueError: a width out of its range, a time before the end of the plan.
         """
-        if not width >= _MIN_WIDTH:
-            raise ValueError(f"width: got {width}, expected {_MIN_WIDTH} or more")
+        if not _MIN_WIDTH <= number("width", width) <= _MAX_WIDTH:
+            raise ValueError(f"width: got {width}, expected {_MIN_WIDTH} to {_MAX_WIDTH}")
         latest = self._latest
         if until is not None and not latest <= number("until", until):
             raise ValueError(f"until: got {until}, expected {latest} or more, the plan's end")
@@ -275,7 +275,7 @@ def _check_times(item: Interval | Buffer) -> None:
         raise ValueError(f"end: got {item.end}, expected at least the start, {item.start}")
 
 
-_MIN_WIDTH = 240
+_MIN_WIDTH, _MAX_WIDTH = 240, 100_000
 _ROW, _LANE, _AXIS, _LINE, _SIZE = 28, 52, 34, 20, 12
 _WHITE, _BLACK = "#ffffff", "#1b1e22"
 # Fill and text on it; apart from each other with any colour vision, and from light and dark pages.

@@ -192,6 +192,9 @@ def hutchinson_trace(
     Source: Hutchinson, Communications in Statistics 19 (1990); its use for layers is that of arXiv
     1911.03852 (HAWQ-V2). Oracle: the Hessian by `torch.func`, and the variance above.
     """
+    if isinstance(parameters, Tensor):
+        # Its rows would be other tensors than the loss was computed from.
+        raise TypeError("parameters: got a tensor, expected a sequence of them")
     chosen = list(parameters)
     if not chosen:
         raise ValueError("parameters: got none, expected one at least")

@@ -137,6 +137,17 @@ def test_the_core_reads_nothing_by_a_key_or_offset_out_of_range(
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_more_slots_than_experts_are_as_many(policy: Policy) -> None:
+    stream = layer_stream(TRACES["tokens"], 0)
+    want = compiled(stream, policy, stream.experts, {})
+    for slots in (stream.experts + 1, 2**62, 2**63 - 1, 2**63):
+        np.testing.assert_array_equal(compiled(stream, policy, slots, {}), want)
+    keys, ends, first = np.array([0, 1]), np.array([0, 1, 2]), np.zeros(2, np.int64)
+    hit = _core.moe.replay_cache("arc", 2**63 - 1, 2, keys, ends, first)
+    assert hit.tolist() == [0, 0]
+
+
 def test_a_trace_without_steps_has_no_hits() -> None:
     none = np.zeros(0, np.int64)
     assert not len(_core.moe.replay_cache("arc", 2, 8, none, np.zeros(1, np.int64), none))

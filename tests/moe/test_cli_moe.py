@@ -67,7 +67,9 @@ def test_simulates_a_trace_from_a_file(tmp_path: Path) -> None:
         (("plan", "--policy", "luck"), "--policy: got 'luck'"),
         (("plan", "--out", "plan.png"), "--out: got plan.png"),
         (("simulate", "--trace", "nowhere"), "--trace: got 'nowhere'"),
-        (("simulate", "--cache", "luck", "--steps", "10"), "luck"),
+        (("plan", "--tokens", "9" * 20), "'--tokens'"),
+        (("plan", "--seed", "-1"), "'--seed'"),
+        (("simulate", "--cache", "luck"), "--cache: got 'luck'"),
         (("profile", "--gpu", "abacus"), "abacus"),
         (("profile", "--format", "fp4"), "fp4"),
     ],
@@ -76,6 +78,8 @@ def test_a_wrong_argument_ends_with_two_and_a_line(arguments: tuple[str, ...], w
     result = _call(*arguments)
     assert result.exit_code == 2
     assert words in result.output
+    if words.startswith("--"):
+        assert len(result.output.splitlines()) == 1
 
 
 def test_a_damaged_file_ends_with_two_and_a_line(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_file_gives_back_the_model(tmp_path: Path) -> None:
         ({"cpu": {"tokens": [2, 1], "seconds": [1.0, 1.0]}}, "cpu.tokens: got"),
         ({"cpu": {"tokens": [1], "seconds": [0.0]}}, "cpu.seconds: got 0"),
         ({"cpu": {"tokens": ["1"], "seconds": [1.0]}}, "cpu.tokens: got"),
+        ({"cpu": {"tokens": [1, 10**400], "seconds": [1.0, 1.0]}}, "cpu.tokens: got 1000.*2\\^53"),
         ({"gpu": {"tokens": [1]}}, "gpu.seconds: missing"),
         ({"shape": {}}, "shape.count: missing"),
         ({"gpu_source": "rumour"}, "gpu_source: got 'rumour'"),
@@ -127,6 +128,23 @@ def test_refuses_figures_that_contradict() -> None:
     wrong_unit = A6000.with_figures({"gpu.rate": Figure(1.0, "GB/s", "assumed")})
     with pytest.raises(ValueError, match=r"gpu\.rate"):
         CostModel.of_machine(wrong_unit, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "unit"),
+    [
+        ("gpu.rate", 5e-324, "FLOP/s"),
+        ("gpu.rate", 1e308, "TFLOP/s"),
+        ("cpu.rate", 1e300, "FLOP/s"),
+        ("cpu.read_bandwidth", 5e-324, "B/s"),
+        ("gpu.read_share", 5e-324, "1"),
+        ("link.bandwidth", 5e-324, "B/s"),
+    ],
+)
+def test_names_the_machine_whose_figures_give_no_time(name: str, value: float, unit: str) -> None:
+    odd = A6000.with_figures({name: Figure(value, unit, "assumed")})
+    with pytest.raises(ValueError, match=f"machine 'a6000-xeon10': .*{name.split('.')[0]}"):
+        CostModel.of_machine(odd, SHAPE)
 
 
 def test_profiles_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import os
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +165,37 @@ def test_names_a_damaged_byte_wherever_it_is(tmp_path: Path) -> None:
                 load_experts(path, memory=memory)
 
 
+@pytest.mark.parametrize("memory", ["map", "copy", "huge"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"offset": 4096.0}, "offset: got 4096.0, expected a whole number"),
+        ({"offset": "%"}, "offset: got '%'"),
+        ({"offset": -4096}, "offset: got -4096"),
+        ({"crc32": None}, "crc32: got None"),
+        ({"shape": {}}, "missing"),
+        (None, "recursion"),
+    ],
+)
+def test_an_index_that_was_forged_is_refused(
+    tmp_path: Path, change: dict[str, Any] | None, says: str, memory: moe.Memory
+) -> None:
+    """Its checksum is right."""
+    path = tmp_path / "experts"
+    save(path, {"a": packed(SHAPES[1])})
+    whole = path.read_bytes()
+    offset = int.from_bytes(whole[16:24], "little")
+    if change is None:
+        index = b"[" * 100_000
+    else:
+        entry = json.loads(whole[offset:])["layers"]["a"]
+        index = json.dumps({"layers": {"a": entry | change}}).encode()
+    head = struct.pack("<IQQ", zlib.crc32(index), offset, len(index))
+    path.write_bytes(whole[:12] + head + whole[32:offset] + index)
+    with pytest.raises(ValueError, match=f"{path}: index: .*{says}"):
+        load_experts(path, memory=memory)
+
+
 @given(st.floats(0, 1, exclude_max=True))
 @settings(max_examples=25, deadline=None)
 def test_names_a_file_that_is_cut_short(share: float) -> None:
@@ -204,6 +242,37 @@ def test_names_what_cannot_be_packed() -> None:
             Experts.pack(bad, down, format=format)
 
 
+def test_weights_that_bf16_does_not_hold_are_refused() -> None:
+    experts = packed(SHAPES[0])
+    gate, up, down = experts.matrices(0)
+    with pytest.raises(ValueError, match="gate: got a weight that is not finite in bf16"):
+        experts.place(0, gate * 0 + 3.4e38, up, down)
+    with pytest.raises(TypeError, match=r"up.dtype: got torch.complex64"):
+        experts.place(0, gate, up.to(torch.complex64), down)
+    with pytest.raises(ValueError, match=r"down.device: got meta"):
+        experts.place(0, gate, up, down.to("meta"))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_computes_the_same_from_memory_of_its_own(
+    copied: Callable[[Experts], Experts],
+) -> None:
+    experts = packed(SHAPES[2])
+    x, ids, weights = tokens(SHAPES[2])
+    want = experts(x, ids, weights)
+    other = copied(experts)
+    experts.data[:] = 0
+    assert torch.equal(other(x, ids, weights), want)
+
+
+@pytest.mark.parametrize("name", ["count", "hidden", "intermediate", "group"])
+def test_a_size_beyond_every_machine_is_refused_by_name(name: str) -> None:
+    for size in (-1, 2**40, 10**30):
+        fields = {"count": 1, "hidden": 64, "intermediate": 64, "group": 32, name: size}
+        with pytest.raises(ValueError, match=f"{name}: got {size}, expected"):
+            ExpertsShape(**fields)
+
+
 def test_names_what_cannot_be_computed() -> None:
     experts = packed(SHAPES[0])
     x, ids, weights = tokens(SHAPES[0])
@@ -217,8 +286,14 @@ def test_names_what_cannot_be_computed() -> None:
         experts(x, ids.clamp(min=0) * 0 + torch.tensor([3, 0]), weights)
     with pytest.raises(ValueError, match="compute: got 'int8' with bf16 weights"):
         experts(x, ids, weights, compute="int8")
-    with pytest.raises(ValueError, match="logits: got a number that is not finite"):
-        route(torch.tensor([[1.0, torch.nan]]), 1)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="weights: got a number that is not finite"):
+            experts(x, ids, torch.where(ids == ids[2, 1], bad, weights))
+    for logit in (torch.nan, 1e300):
+        with pytest.raises(ValueError, match="logits: got a number that is not finite"):
+            route(torch.tensor([[1.0, logit]], dtype=torch.float64), 1)
+    with pytest.raises(TypeError, match="logits: got list"):
+        route([[1.0]], 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top_k: got 3, expected 1 to 2"):
         route(torch.zeros(1, 2), 3)
 

@@ -265,6 +265,23 @@ def test_candidates_drop_equal_shares_of_the_experts() -> None:
         assert got == pytest.approx(share, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("weights", "sensitivity", "message"),
+    [
+        (torch.ones(3, 1), 1.0, "weights: got no expert but first ones"),
+        (torch.ones(0, 2), 1.0, "weights: got no expert but first ones"),
+        (torch.full((3, 2), torch.nan), 1.0, "weights: got numbers that are not finite"),
+        (torch.ones(3, 2), torch.nan, "sensitivity: got nan, expected 0 or more"),
+        (torch.ones(3, 2), -1.0, "sensitivity: got -1.0, expected 0 or more"),
+    ],
+)
+def test_what_gives_no_candidates_is_refused(
+    weights: Tensor, sensitivity: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        threshold_candidates([weights], [sensitivity])
+
+
 def test_tail_shares_keep_small_tails() -> None:
     weights = torch.tensor([[1.0, 1e-12, 1e-13]], dtype=torch.float64)
     assert tail_shares(weights)[0].tolist() == pytest.approx([1.1e-12, 1e-13], rel=1e-6)

@@ -190,6 +190,14 @@ def test_a_needless_transfer_stops_at_the_end_of_its_tile(
     assert kept.pcie_free == free
 
 
+@pytest.mark.parametrize("transfer", [1.0, 0.1, 5e-324])
+def test_a_transfer_in_its_last_tile_arrives_whatever_the_tiles(transfer: float) -> None:
+    """49 times a 49th is less than 1."""
+    for tiles in range(1, 300):
+        kept = cancel([transfer], [False], elapsed=transfer * (1 - 0.1 / tiles), tiles=tiles)
+        assert kept.keep.tolist() == [True], tiles
+
+
 def test_a_needed_transfer_runs_to_its_end_whatever_its_tiles() -> None:
     kept = cancel([2.0], [True], elapsed=0.5, tiles=4, now=1.0)
     assert (kept.arrival[0], kept.pcie_free) == (2.5, 2.5)

@@ -64,6 +64,7 @@ def assert_says(error: type[Exception], message: str, call: Any, *args: Any, **k
         ({"cpu_first": -0.1}, r"cpu_first: got -0.1, expected 0 to"),
         ({"cpu_free": math.nan}, r"cpu_free: got nan, expected 0 to"),
         ({"gpu_free": math.inf}, r"gpu_free: got inf, expected 0 to"),
+        ({"gpu_free": np.float32(math.inf)}, r"gpu_free: got inf, expected 0 to"),
         ({"pcie_free": BIG}, r"pcie_free: got 10+, expected 0 to"),
     ],
     ids=lambda x: str(x)[:60],
@@ -90,6 +91,10 @@ def test_says_which_part_of_a_layer_is_wrong(change: dict[str, Any], says: str) 
 )
 def test_a_wrong_type_in_a_layer_is_a_type_error(change: dict[str, Any], says: str) -> None:
     assert_says(TypeError, says, Layer, **good(**change))
+
+
+def test_times_may_be_of_a_narrower_type() -> None:
+    assert Layer(**good(cpu_free=np.float32(0.5), gpu_free=np.float16(2.0))).starts[1:3] == (0.5, 2)
 
 
 def test_policies_are_named() -> None:

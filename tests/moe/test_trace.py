@@ -128,6 +128,14 @@ def test_a_choice_that_is_not_by_score_may_be_given() -> None:
             {"scores": np.ones((1, 1, 3)), "top_k": 1, "ids": [[[65536]]]},
             "ids: got 65536, expected -1 to 2",
         ),
+        (
+            {"scores": np.ones((1, 2, 3)), "top_k": 1, "steps": [0.0, 0.9]},
+            "steps.dtype: got float64, expected an integer type",
+        ),
+        (
+            {"scores": np.ones((1, 2, 3)), "top_k": 1, "steps": [0, 2**32 + 1]},
+            "steps: got 0 to 4294967297, expected 0 to 2^31 - 1",
+        ),
     ],
     ids=str,
 )

@@ -34,6 +34,14 @@ def test_tensors_come_back_bit_by_bit(tensors: dict[str, QTensor], tmp_path: Pat
         assert torch.equal(got.dequantize(), want.dequantize())
 
 
+def test_tensors_may_share_their_memory(tensors: dict[str, QTensor], tmp_path: Path) -> None:
+    """As tied weights do."""
+    tied = tensors["b"]
+    save({"head": tied, "embedding": tied}, tmp_path / "x.safetensors")
+    for found in load(tmp_path / "x.safetensors").values():
+        assert torch.equal(found.dequantize(), tied.dequantize())
+
+
 def test_refuses_every_truncation(tensors: dict[str, QTensor], tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save(tensors, path)
@@ -70,6 +78,7 @@ def test_names_another_version(tensors: dict[str, QTensor], tmp_path: Path) -> N
     ("index", "message"),
     [
         ("[", "Expecting value"),
+        ("[" * 100_000, "recursion"),
         ("[]", "has no attribute"),
         ('{"a.weight": {}}', "'shape'"),
         ('{"c": {"shape": [1], "scheme": {}}}', "c.packed: got nothing"),
@@ -104,6 +113,8 @@ def test_a_failed_save_leaves_the_old_file(tensors: dict[str, QTensor], tmp_path
     before = path.read_bytes()
     with pytest.raises(TypeError, match=r"tensors\['c'\]: got Tensor, expected a QTensor"):
         save({**tensors, "c": torch.zeros(1)}, path)  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="tensors: got the name 1, expected a string"):
+        save({1: tensors["b"]}, path)  # type: ignore[dict-item]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis.strategies as st
 import pytest
@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from quernstone.quant import Rounding, Scheme, quantize
+from quernstone.quant.rounding import LARGEST_WEIGHT
+from quernstone.quant.scheme import ScaleKind
 from quernstone.quant.tensor import by_scale, undo_by_scale
 from tests.quant.test_tensor import schemes, shapes
 
@@ -184,6 +186,23 @@ def test_nothing_is_quantised_to_nothing(shape: tuple[int, ...]) -> None:
         assert quantize(torch.zeros(shape), scheme).dequantize().shape == shape
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale", get_args(ScaleKind))
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_largest_weights_come_back_finite(bits: int, scale: Any, symmetric: bool) -> None:
+    x = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]) * LARGEST_WEIGHT
+    scheme = Scheme(bits, symmetric, scale=scale, full_range=symmetric)
+    for clips in (1, 4):
+        assert bool(torch.isfinite(quantize(x, scheme, clips=clips).dequantize()).all())
+
+
+def test_a_penalty_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="penalty: got NaN"):
+        Rounding(torch.tensor([0.0, torch.nan]))
+    with pytest.raises(TypeError, match="penalty: got list"):
+        Rounding([0.0])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -208,6 +227,24 @@ def test_nothing_is_quantised_to_nothing(shape: tuple[int, ...]) -> None:
             ValueError,
             "hessian: got a matrix that is not positive definite",
         ),
+        (
+            {"method": "gptq", "hessian": torch.eye(4, dtype=torch.float64) * 1e308},
+            ValueError,
+            "hessian: got a matrix that is not positive definite",
+        ),
+        ({"method": "gptq", "hessian": [[1.0]]}, TypeError, "hessian: got list"),
+        (
+            {"method": "gptq", "hessian": torch.eye(4, dtype=torch.complex64)},
+            TypeError,
+            "hessian.dtype: got torch.complex64",
+        ),
+        (
+            {"weight": torch.tensor([[1e300]], dtype=torch.float64)},
+            ValueError,
+            "weight: got a number above 2^125",
+        ),
+        ({"weight": -torch.full((1, 1), 3e38)}, ValueError, "weight: got a number above 2^125"),
+        ({"rounding": None}, TypeError, "rounding: got NoneType"),
         ({"clips": 0}, ValueError, "clips: got 0"),
         ({"damping": 2.0}, ValueError, "damping: got 2.0"),
         ({"rounding": Rounding(torch.zeros(3))}, ValueError, "penalty.shape: got (3,)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -74,6 +76,34 @@ def test_names_the_part_that_does_not_fit() -> None:
         QTensor(scheme, (3, 8), good.packed, good.scales * 0)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_code_below_the_lowest_is_refused_in_bytes_too(bits: int) -> None:
+    """2^bits - 1 codes leave one pattern of bits that is none."""
+    scheme = Scheme(bits)
+    packed = torch.full((bits,), 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"packed: got the code {2 ** (bits - 1)}, expected"):
+        QTensor(scheme, (1, 8), packed, torch.ones(1, 1))
+    whole = QTensor(Scheme(bits, full_range=True), (1, 8), packed, torch.ones(1, 1))
+    assert int(whole.codes().max()) == whole.scheme.highest
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("bf16", [1.0, 1.0078125, 2.0**-100], 1.00390625),
+        ("power-of-two", [1.0, 2.0**-100, 2.0**100], 1.5),
+        ("two-shift", [1.0, 1.5, 3.0, 1.00390625], 1.75),
+        ("two-shift", [2.0**-100], 1.001953125),
+    ],
+)
+def test_a_scale_of_another_kind_is_refused(kind: Any, good: list[float], bad: float) -> None:
+    scheme = Scheme(4, scale=kind)
+    for scale in good:
+        QTensor(scheme, (1, 2), torch.zeros(1, dtype=torch.uint8), torch.tensor([[scale]]))
+    with pytest.raises(ValueError, match=f"scales: got a number that '{kind}' does not hold"):
+        QTensor(scheme, (1, 2), torch.zeros(1, dtype=torch.uint8), torch.tensor([[bad]]))
+
+
 def test_names_the_code_that_is_none() -> None:
     scheme = Scheme(3, granularity="tensor")
     with pytest.raises(ValueError, match="codes: got -4 to 3, expected -3 to 3"):
@@ -82,6 +112,10 @@ def test_names_the_code_that_is_none() -> None:
         pack_bits(torch.tensor([8], dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match="bits: got 9, expected 2 to 8"):
         pack_bits(torch.zeros(0, dtype=torch.uint8), 9)
+    with pytest.raises(ValueError, match=f"bits: got {2**40}, expected 2 to 8"):
+        pack_bits(torch.zeros(2, dtype=torch.uint8), 2**40)
+    with pytest.raises(ValueError, match="count: got -1, expected 0 or more"):
+        unpack_bits(torch.zeros(0, dtype=torch.uint8), 4, -1)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ processor ten cores are used; its figures, like all here, are of the makers or a
 by anyone on an expert."""
 
 
+_MOST_TOKENS = 2**53  # float64 counts no further
+
+
 @dataclass(frozen=True)
 class Curve:
     """Seconds by tokens: straight between its points, and beyond the last as before it."""
@@ -123,6 +126,8 @@ class Curve:
         rising = all(a < b for a, b in zip(self.tokens, self.tokens[1:], strict=False))
         if self.tokens[0] < 1 or not rising:
             raise ValueError(f"tokens: got {self.tokens}, expected rising numbers from 1 on")
+        if self.tokens[-1] > _MOST_TOKENS:
+            raise ValueError(f"tokens: got {self.tokens[-1]}, expected at most 2^53")
         for value in self.seconds:
             if not number("seconds", value) > 0.0:
                 raise ValueError(f"seconds: got {value}, expected a positive number")
@@ -233,7 +238,8 @@ class CostModel:
             shape: of the experts.
 
         Raises:
-            ValueError: a figure is missing or contradicts another.
+            ValueError: a figure is missing, contradicts another or gives no time that float64
+                holds.
         """
         for share in ("gpu.read_share", "gpu.rate_share", "link.share", "cpu.read_share"):
             if machine.value(share, "1") > 1.0:
@@ -245,14 +251,24 @@ class CostModel:
 
         def of(device: str, rate: float, extra: float) -> Curve:
             bandwidth = machine.value(f"{device}.read_bandwidth", "B/s")
-            read = size / (bandwidth * machine.value(f"{device}.read_share", "1"))
-            # The tokens on either side of the bend, and some on the slope beyond it.
-            bend = max(1.0, read * rate / work)
-            tokens = sorted({1, math.floor(bend), math.ceil(bend), 2 * math.ceil(bend)})
-            return Curve(tuple(tokens), tuple(extra + max(read, work * t / rate) for t in tokens))
+            share = machine.value(f"{device}.read_share", "1")
+            try:
+                read = size / (bandwidth * share)
+                # The tokens on either side of the bend, and some on the slope beyond it.
+                bend = max(1.0, read * rate / work)
+                tokens = sorted({1, math.floor(bend), math.ceil(bend), 2 * math.ceil(bend)})
+                seconds = [extra + max(read, work * t / rate) for t in tokens]
+                return Curve(tuple(tokens), tuple(seconds))
+            except (ArithmeticError, ValueError) as error:
+                raise ValueError(
+                    f"machine {machine.name!r}: got figures of {device}.* that give no times "
+                    f"({error})"
+                ) from error
 
         gpu_rate = machine.value("gpu.rate", "FLOP/s") * machine.value("gpu.rate_share", "1")
         link = machine.value("link.bandwidth", "B/s") * machine.value("link.share", "1")
+        if not link > 0.0 or not math.isfinite(size / link):
+            raise ValueError(f"machine {machine.name!r}: got figures of link.* that give no time")
         return cls(
             shape,
             cpu=of("cpu", machine.value("cpu.rate", "FLOP/s"), 0.0),

@@ -55,6 +55,8 @@ class ExpertsShape:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: got {value!r}, expected an int")
+            if not 0 <= value < 1 << 31:  # what the core takes is less by far
+                raise ValueError(f"{name}: got {value}, expected 0 or more and below 2^31")
         if not isinstance(self.zero_points, bool):
             raise TypeError(f"zero_points: got {self.zero_points!r}, expected a bool")
         if self.format not in get_args(Format):
@@ -116,6 +118,10 @@ class Experts:
             raise ValueError(f"data.shape: got {data.shape}, expected {(shape.nbytes,)} in one run")
         if data.ctypes.data % _ALIGN:
             raise ValueError("data: got memory that is not aligned, expected 64 bytes")
+
+    def __reduce__(self) -> tuple[Any, tuple[ExpertsShape, NDArray[np.uint8]]]:
+        # The bytes that come back have to be aligned again.
+        return _restored, (self.shape, self.data)
 
     @classmethod
     def empty(cls, shape: ExpertsShape, *, huge_pages: bool = True) -> Experts:
@@ -218,7 +224,7 @@ class Experts:
         Args:
             x: [t, m] fp32 or bf16, on the CPU.
             ids: [t, c] int64, the experts of a token, none twice; -1 is none here.
-            weights: [t, c] fp32, what each counts.
+            weights: [t, c] fp32, what each counts, finite.
             compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. None is
                 "int8" for int8 and int4 weights, and "float" for bf16, which has no other.
 
@@ -226,7 +232,7 @@ class Experts:
             [t, m] in the dtype of x.
 
         Raises:
-            ValueError: a shape, an id or a compute out of its range.
+            ValueError: a shape, an id or a compute out of its range, a weight that is not finite.
             TypeError: a tensor of another dtype.
 
         Source: the feed-forward block of Mixtral (arXiv 2401.04088, section 2.1). Oracles: the
@@ -284,9 +290,16 @@ class Experts:
         if scheme is None:
             if isinstance(matrix, QTensor):
                 raise TypeError(f"{name}: got a QTensor, expected a Tensor for bf16")
-            if not bool(torch.isfinite(matrix).all()):
-                raise ValueError(f"{name}: got a weight that is not finite, expected none")
-            bits = matrix.bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
+            if not matrix.is_floating_point():
+                raise TypeError(
+                    f"{name}.dtype: got {matrix.dtype}, expected a floating-point dtype"
+                )
+            if matrix.device.type != "cpu":
+                raise ValueError(f"{name}.device: got {matrix.device}, expected cpu")
+            rounded = matrix.detach().bfloat16()
+            if not bool(torch.isfinite(rounded).all()):
+                raise ValueError(f"{name}: got a weight that is not finite in bf16, expected none")
+            bits = rounded.contiguous().view(torch.int16).numpy().view(np.uint16)
             _core.pack_bf16(layout, bits, out)
             return out
         made = matrix if isinstance(matrix, QTensor) else quantize(matrix, scheme, clips=clips)
@@ -306,6 +319,12 @@ class Experts:
         out = torch.empty(rows, inputs)
         _core.unpack(layout, packed, out.numpy())
         return out
+
+
+def _restored(shape: ExpertsShape, data: NDArray[np.uint8]) -> Experts:
+    experts = Experts.empty(shape)
+    experts.data[:] = data
+    return experts
 
 
 def allocate_bytes(size: int, *, huge_pages: bool) -> NDArray[np.uint8]:
@@ -334,15 +353,20 @@ def route(logits: Tensor, top_k: int, *, renormalize: bool = True) -> tuple[Tens
         ids [t, top_k] int64 by falling weight, weights [t, top_k] fp32.
 
     Raises:
-        ValueError: a logit that is NaN or infinite, `top_k` out of its range.
+        ValueError: a logit that is NaN or infinite in fp32, `top_k` out of its range.
+        TypeError: logits that are no floats.
     """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits: got {got}, expected a tensor of floats")
     if logits.ndim != 2:
         raise ValueError(f"logits.ndim: got {logits.ndim}, expected 2")
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k: got {top_k}, expected 1 to {logits.shape[1]}")
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("logits: got a number that is not finite, expected none")
-    weights, ids = logits.float().softmax(-1).topk(top_k)
+    wide = logits.float()
+    if not bool(torch.isfinite(wide).all()):
+        raise ValueError("logits: got a number that is not finite in fp32, expected none")
+    weights, ids = wide.softmax(-1).topk(top_k)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights

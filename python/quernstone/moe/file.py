@@ -174,12 +174,15 @@ def _read_index(file: BinaryIO, size: int, path: str) -> dict[str, tuple[Experts
     try:
         for name, entry in json.loads(content)["layers"].items():
             shape = ExpertsShape(**entry["shape"])
-            start = entry["offset"]
+            start, check = entry["offset"], entry["crc32"]
+            for field, value in (("offset", start), ("crc32", check)):
+                if type(value) is not int:
+                    raise ValueError(f"{field}: got {value!r}, expected a whole number")
             if start % _PAGE or start < end or start + shape.nbytes > offset:
                 raise ValueError(f"offset: got {start}, expected room between {end} and {offset}")
             end = start + shape.nbytes
-            found[name] = (shape, start, entry["crc32"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found[name] = (shape, start, check)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: index: {error}") from None
     return found
 

@@ -195,7 +195,8 @@ def threshold_candidates(
         count: of the thresholds, 1 or more; the last drops nearly all.
 
     Raises:
-        ValueError: no layer, numbers of layers that differ, a count below 1.
+        ValueError: no layer, numbers of layers that differ, a count below 1; a sensitivity that is
+            negative or not finite; weights that are not finite, or leave no expert to drop.
     """
     if count < 1:
         raise ValueError(f"count: got {count}, expected 1 or more")
@@ -204,9 +205,15 @@ def threshold_candidates(
             f"sensitivity: got {len(sensitivity)} for {len(weights)} layers, expected as many, 1 "
             "or more"
         )
+    for value in sensitivity:
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"sensitivity: got {value}, expected 0 or more and finite")
     needed = torch.cat(
         [tail_shares(w).square().flatten() * f for w, f in zip(weights, sensitivity, strict=True)]
     )
+    if not needed.numel() or not bool(torch.isfinite(needed).all()):
+        got = "numbers that are not finite" if needed.numel() else "no expert but first ones"
+        raise ValueError(f"weights: got {got}, expected finite [t, k], k 2 or more")
     shares = (np.arange(count) + 1) / (count + 1)
     found = np.quantile(needed.numpy(), shares)
     return [float(x) for x in np.unique(found)]

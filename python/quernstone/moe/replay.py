@@ -163,7 +163,7 @@ def _compiled(
 
     def run(slots: int) -> NDArray[np.bool_]:
         of_stream = (stream.keys, stream.offsets, stream.first_keys())
-        hit = _core.moe.replay_cache(policy, slots, keys, *of_stream, **arguments)
+        hit = _core.moe.replay_cache(policy, min(slots, keys), keys, *of_stream, **arguments)
         return hit.view(np.bool_)
 
     return run

@@ -407,6 +407,8 @@ def _check_shape(name: str, x: NDArray[Any], count: int, one_for_all: bool) -> N
 def _time(name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float | np.floating | np.integer):
         raise TypeError(f"{name}: got {type(x).__name__} {x!r}, expected float")
-    if not 0 <= x <= MAX_TIME:
+    # Of a narrower type the limit would be infinity.
+    time = float(x) if isinstance(x, np.floating) else x
+    if not 0 <= time <= MAX_TIME:
         raise ValueError(f"{name}: got {x}, expected 0 to {MAX_TIME:g}")
-    return float(x)
+    return float(time)

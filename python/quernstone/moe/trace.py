@@ -102,6 +102,10 @@ class Trace:
         if chosen.size and not -_MOST_EXPERTS <= chosen.min() <= chosen.max() <= _MOST_EXPERTS:
             raise ValueError(f"ids: got {chosen.max()}, expected -1 to {rows.shape[2] - 1}")
         order = np.arange(rows.shape[1]) if steps is None else np.asarray(steps)
+        if order.dtype.kind not in "iu":
+            raise ValueError(f"steps.dtype: got {order.dtype}, expected an integer type")
+        if order.size and not 0 <= order.min() <= order.max() < 2**31:
+            raise ValueError(f"steps: got {order.min()} to {order.max()}, expected 0 to 2^31 - 1")
         return cls(
             rows.shape[2], chosen.astype(np.int16), order.astype(np.int32), rows, dict(meta or {})
         )

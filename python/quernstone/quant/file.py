@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quernstone._files import write_whole
@@ -26,20 +27,23 @@ def save(tensors: Mapping[str, QTensor], path: str | os.PathLike[str]) -> None:
     A file that is already there is replaced in one step, or left as it is where writing fails.
 
     Raises:
-        TypeError: a value is not a QTensor.
+        TypeError: a value is not a QTensor, or a name no string.
     """
     from safetensors.torch import save as to_bytes
 
     parts: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors: got the name {name!r}, expected a string")
         if not isinstance(tensor, QTensor):
             raise TypeError(f"tensors[{name!r}]: got {type(tensor).__name__}, expected a QTensor")
         index[name] = {"scheme": tensor.scheme.to_dict(), "shape": list(tensor.shape)}
         for part in _PARTS:
             value = getattr(tensor, part)
             if value is not None:
-                parts[f"{name}.{part}"] = value.contiguous()
+                # A copy: safetensors refuses tensors that share their memory.
+                parts[f"{name}.{part}"] = value.clone(memory_format=torch.contiguous_format)
     metadata = {_VERSION_KEY: str(VERSION), _TENSORS_KEY: json.dumps(index)}
     write_whole(path, to_bytes(parts, metadata))
 
@@ -68,7 +72,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, QTensor]:
         raise ValueError(f"{path}: {_VERSION_KEY}: got {version!r}, expected '{VERSION}'")
     try:
         tensors = _assemble(json.loads(metadata[_TENSORS_KEY]), parts)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if parts:
         raise ValueError(f"{path}: got {sorted(parts)} beside the tensors, expected nothing")

@@ -14,6 +14,8 @@ from quernstone.quant.tensor import QTensor, by_scale, undo_by_scale
 Method = Literal["rtn", "gptq"]
 # The smallest scale, of a group of zeros too: products with codes stay normal numbers.
 SMALLEST_SCALE = 2.0**-100
+# The largest weight: scales of any kind, times any code, stay finite in fp32.
+LARGEST_WEIGHT = 2.0**125
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Rounding:
     def __post_init__(self) -> None:
         if self.reach < 0:
             raise ValueError(f"reach: got {self.reach}, expected 0 or more")
+        if self.penalty is None:
+            return
+        if not isinstance(self.penalty, Tensor):
+            raise TypeError(f"penalty: got {type(self.penalty).__name__}, expected a Tensor")
+        if bool(self.penalty.isnan().any()):
+            raise ValueError("penalty: got NaN, expected numbers")
 
     def codes(self, x: Tensor, scheme: Scheme) -> Tensor:
         """Codes, as floats, of the positions `x` among the codes: value / scale + zero point."""
@@ -75,7 +83,7 @@ def quantize(
     Axes: n channels (first axis), k numbers of a channel.
 
     Args:
-        weight: [n, ...] floating point, finite; for "gptq" [n, k], outputs by inputs.
+        weight: [n, ...] floating point, up to 2^125; for "gptq" [n, k], outputs by inputs.
         scheme: bits, granularity, kind of scale.
         method: "rtn" rounds every number by itself. "gptq" rounds the inputs of a matrix one
             after the other and corrects those to come for the error so far.
@@ -91,7 +99,7 @@ def quantize(
 
     Source: GPTQ, arXiv 2210.17323, algorithm 1, without reordering of the inputs.
     """
-    _check(weight, scheme, method, hessian, clips, damping)
+    _check(weight, scheme, method, hessian, rounding, clips, damping)
     with torch.no_grad():
         if method == "rtn" or not weight.numel():
             return _round_all(weight.float(), scheme, rounding, clips)
@@ -104,6 +112,7 @@ def _check(
     scheme: Scheme,
     method: str,
     hessian: Tensor | None,
+    rounding: Rounding,
     clips: int,
     damping: float,
 ) -> None:
@@ -117,6 +126,10 @@ def _check(
         raise ValueError(f"weight.device: got {weight.device}, expected cpu")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight: got a number that is not finite, expected finite numbers")
+    if weight.numel() and float(weight.detach().abs().max()) > LARGEST_WEIGHT:
+        raise ValueError("weight: got a number above 2^125, expected none")
+    if not isinstance(rounding, Rounding):
+        raise TypeError(f"rounding: got {type(rounding).__name__}, expected a Rounding")
     if method not in ("rtn", "gptq"):
         raise ValueError(f"method: got {method!r}, expected 'rtn' or 'gptq'")
     if not 1 <= clips <= 1000:
@@ -133,6 +146,10 @@ def _check(
     if weight.ndim != 2:
         raise ValueError(f"weight.ndim: got {weight.ndim}, expected 2 with method 'gptq'")
     inputs = weight.shape[1]
+    if not isinstance(hessian, Tensor):
+        raise TypeError(f"hessian: got {type(hessian).__name__}, expected a Tensor")
+    if not hessian.is_floating_point():
+        raise TypeError(f"hessian.dtype: got {hessian.dtype}, expected a floating-point dtype")
     if hessian.shape != (inputs, inputs):
         raise ValueError(f"hessian.shape: got {tuple(hessian.shape)}, expected {(inputs, inputs)}")
     if not bool(torch.isfinite(hessian).all()):
@@ -239,12 +256,13 @@ def _gptq(
     h[unseen, unseen] = 1.0
     h.diagonal().add_(damping * float(h.diagonal().mean()))
     factor, failed = torch.linalg.cholesky_ex(h)
-    if int(failed):
+    # The inverse of a matrix that is nearly singular may have no factor although the matrix has.
+    upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if int(failed) or int(failed_too):
         raise ValueError(
             "hessian: got a matrix that is not positive definite after damping, expected one "
             "that is; more calibration data or a larger damping"
         )
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     whole = scheme.granularity != "group"
     width = scheme.group
     # What later blocks owe to this one is one product; a group begins and ends in one block.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quernstone import _core
-from quernstone.quant.scheme import Scheme
+from quernstone.quant.scheme import MAX_BITS, MIN_BITS, Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,8 @@ class QTensor:
 
     Raises:
         ValueError, TypeError: a part has another dtype or size than scheme and shape imply, or a
-            scale is not finite and positive, or a zero point is not a code.
+            scale is not finite and positive or none of the scheme's kind, or a code or a zero point
+            is not one of its codes.
     """
 
     scheme: Scheme
@@ -42,6 +43,18 @@ class QTensor:
         expect(self.scales, "scales", torch.float32, table)
         if not bool(torch.isfinite(self.scales).all()) or not bool((self.scales > 0).all()):
             raise ValueError("scales: got a number that is not finite and positive, expected none")
+        if not bool(can_hold(self.scheme, self.scales).all()):
+            raise ValueError(
+                f"scales: got a number that {self.scheme.scale!r} does not hold, expected none"
+            )
+        spare = self.scheme.highest - self.scheme.lowest + 1
+        if spare < self.scheme.levels and self.numel:
+            most = int(unpack_bits(self.packed, self.scheme.bits, self.numel).max())
+            if most == spare:
+                raise ValueError(
+                    f"packed: got the code {most + self.scheme.lowest}, expected at most "
+                    f"{self.scheme.highest}"
+                )
         if self.scheme.symmetric:
             if self.zero_points is not None:
                 raise ValueError("zero_points: got some, expected None with a symmetric scheme")
@@ -118,6 +131,19 @@ def expect(x: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> 
         raise ValueError(f"{name}.shape: got {tuple(x.shape)}, expected {shape}")
 
 
+def can_hold(scheme: Scheme, scales: Tensor) -> Tensor:
+    """Whether each finite, positive scale is one of the scheme's kind."""
+    if scheme.scale == "fp32":
+        return torch.ones_like(scales, dtype=torch.bool)
+    if scheme.scale == "bf16":
+        return scales == scales.bfloat16().float()
+    # Of 2^a (1 + f), f is 0 or, with two shifts, 2^-8 to 1/2.
+    rest = 2.0 * scales.frexp().mantissa - 1.0
+    if scheme.scale == "power-of-two":
+        return rest == 0.0
+    return (rest == 0.0) | ((rest.frexp().mantissa == 0.5) & (rest >= 2.0**-8))
+
+
 def groups_of(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Channels, groups of a channel, and numbers of a group, of a tensor of this shape."""
     numel = math.prod(shape)
@@ -157,14 +183,24 @@ def packed_bytes(codes: int, bits: int) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes [count] uint8 as bytes, the lowest bit first; the last byte ends in zeros."""
+    _check_bits(bits)
     expect(codes, "codes", torch.uint8, (codes.numel(),))
     packed = torch.empty(packed_bytes(codes.numel(), bits), dtype=torch.uint8)
     _core.pack_bits(codes.contiguous().numpy(), bits, packed.numpy())
     return packed
 
 
+def _check_bits(bits: int) -> None:
+    # Before anything is sized by them.
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits: got {bits}, expected {MIN_BITS} to {MAX_BITS}")
+
+
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The `count` unsigned codes that `pack_bits` packed."""
+    _check_bits(bits)
+    if count < 0:
+        raise ValueError(f"count: got {count}, expected 0 or more")
     expect(packed, "packed", torch.uint8, (packed_bytes(count, bits),))
     codes = torch.empty(count, dtype=torch.uint8)
     _core.unpack_bits(packed.contiguous().numpy(), bits, codes.numpy())
