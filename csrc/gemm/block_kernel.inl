@@ -19,11 +19,11 @@ inline Block block_of(const Block& w, std::int64_t b) {
             w.bytes,      w.group_shift, 1};
 }
 
-// kAhead, but from the last codes of int4 over the scales to the codes `streams` blocks behind.
-inline std::int64_t int4_ahead(const Block& w, std::int64_t group, std::int64_t groups,
-                               int streams) {
-    const bool leaving = group + kAhead / (kGroupSteps / 2 * kLine) >= groups;
-    return leaving ? kAhead + streams * w.bytes - (w.scales - w.codes) : kAhead;
+// From byte `at` of a block's codes to those that a core reads kAhead later: behind the last ones
+// come those of `streams` blocks further on.
+inline std::int64_t ahead_of(const Block& w, std::int64_t at, int streams) {
+    const std::int64_t codes = w.scales - w.codes;
+    return at + kAhead < codes ? kAhead : kAhead + streams * w.bytes - codes;
 }
 
 inline vi broadcast_codes(const std::int8_t* x) {
@@ -105,7 +105,7 @@ inline void int4_int8_tile(const Block& w, int first, const Tokens& x, std::int6
     const float* scales = x.scales + t0 * groups;
     const std::int32_t* eights = x.sums + t0 * groups;
     for (std::int64_t g = 0; g < groups; ++g) {
-        const std::int64_t ahead = int4_ahead(w, g, groups, S);
+        const std::int64_t ahead = ahead_of(w, g * (kGroupSteps / 2 * kLine), S);
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
             const Block block = block_of(w, s);
@@ -178,6 +178,7 @@ inline void int8_int8_tile(const Block& w, int first, const Tokens& x, std::int6
     const float* scales = x.scales + t0 * groups;
     const std::int32_t* eights = x.sums + t0 * groups;
     for (std::int64_t g = 0; g < groups; ++g) {
+        const std::int64_t ahead = ahead_of(w, g * (kGroupSteps * kLine), S);
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
             const std::byte* part = line + s * w.bytes;
@@ -185,7 +186,7 @@ inline void int8_int8_tile(const Block& w, int first, const Tokens& x, std::int6
             clear(sum);
 #pragma GCC unroll 8
             for (int step = 0; step < kGroupSteps; ++step) {
-                fetch(part + kAhead);
+                fetch(part + ahead);
 #pragma GCC unroll 2
                 for (int v = 0; v < V; ++v) {
                     const auto code = prepare8(iload(part + v * kLanes * 4));
@@ -326,13 +327,14 @@ inline void bf16_float_tile(const Block& w, int first, const Tokens& x, std::int
         clear(odd[s]);
     }
     for (std::int64_t k = 0; k < x.padded; k += kScaleGroup) {
+        const std::int64_t ahead = ahead_of(w, k / 2 * kLine, S);
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
             const std::byte* part = line + s * w.bytes;
 #pragma GCC unroll 4
             for (int step = 0; step < kScaleGroup; step += 2) {
                 vf first_input[V], second_input[V];
-                fetch(part + kAhead);
+                fetch(part + ahead);
 #pragma GCC unroll 2
                 for (int v = 0; v < V; ++v) {
                     const vi pair = iload(part + v * kLanes * 4);
