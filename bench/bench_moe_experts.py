@@ -21,7 +21,7 @@ from quernstone.bench.cases.experts import (
     layer_weights,
     relative,
 )
-from quernstone.bench.harness import REST, Check, Measure, Slope, rows
+from quernstone.bench.harness import Check, Measure, Slope, rows
 from quernstone.bench.rivals import experts as rivals
 from quernstone.bench.rivals import ik_llama
 from quernstone.bench.rows import Spread
@@ -67,7 +67,6 @@ def bench_experts(case: ExpertCase, measure: Measure) -> None:
             rivals=rivals.all_of(case, calls),
             limit=limit,
             work=moved,
-            rest=REST,
             notes=[
                 f"{moved / 1e6:.0f} MB of weights a call, of "
                 f"{experts.shape.nbytes / 1e6:.0f} MB in rotation, in pages of 2 MB",

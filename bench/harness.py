@@ -199,7 +199,6 @@ class Measure:
         notes: Iterable[str] = (),
         pace: Pace | None = None,
         patience: float = PATIENCE,
-        rest: float = 0.0,
     ) -> Row:
         """Times `ours` and the rivals on the same inputs.
 
@@ -208,7 +207,6 @@ class Measure:
             moved: bytes that one call has to read and write at least, for the roofline.
             calls: how often a round repeats a call that is too short to be timed alone.
             patience: seconds a call above which the quick form leaves a rival out.
-            rest: seconds before every call, `REST` where a rival's threads go on spinning.
         """
         row = self._begin(what, unit, notes)
         if work is not None:
@@ -228,7 +226,7 @@ class Measure:
             seconds += warm_seconds(limit.run)
         pace = pace or (QUICK if self.quick else FULL)
         own, times = self._rounds(
-            _repeat(ours, calls), timed, pace.rounds(seconds * calls), per=calls, rest=rest
+            _repeat(ours, calls), timed, pace.rounds(seconds * calls), per=calls
         )
         scale = PER_SECOND[unit]
         self._set(Spread.of(own).scaled(scale))

@@ -40,6 +40,8 @@ def test_by_hand() -> None:
     assert found.seconds["fixed"] == 5.0 + 3.0 + 1.0
     assert found.seconds["gpu_only"] == 6.5 + 3.5 + 1.0
     assert found.speed_up("cpu_only") == pytest.approx(9 / 15)
+    with pytest.raises(ValueError, match="policy: got 'hybrid', expected one of fixed"):
+        found.speed_up("hybrid")
 
 
 @pytest.mark.parametrize("together", [1, 8])

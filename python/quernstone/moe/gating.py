@@ -215,7 +215,7 @@ def threshold_candidates(
         got = "numbers that are not finite" if needed.numel() else "no expert but first ones"
         raise ValueError(f"weights: got {got}, expected finite [t, k], k 2 or more")
     shares = (np.arange(count) + 1) / (count + 1)
-    found = np.quantile(needed.numpy(), shares)
+    found = np.quantile(needed.cpu().numpy(), shares)
     return [float(x) for x in np.unique(found)]
 
 

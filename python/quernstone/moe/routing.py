@@ -94,9 +94,9 @@ def record_routing(
                 raise ValueError(f"{blocks[layer].name}.gate: got logits that are not finite")
             # The most important first, which not all routers promise.
             order = weights.argsort(dim=1, descending=True, stable=True)
-            ids[layer].append(chosen.gather(1, order).to(torch.int16).numpy())
+            ids[layer].append(chosen.gather(1, order).to(torch.int16).cpu().numpy())
             if scores:
-                softmax[layer].append(logits.float().softmax(-1).half().numpy())
+                softmax[layer].append(logits.float().softmax(-1).half().cpu().numpy())
 
         return hook
 

@@ -31,6 +31,16 @@ class Simulation:
     steps: int
 
     def speed_up(self, policy: Policy, over: Policy = "fixed") -> float:
+        """Time under `over` by time under `policy`.
+
+        Raises:
+            ValueError: one of them was not simulated.
+        """
+        for name, value in (("policy", policy), ("over", over)):
+            if value not in self.seconds:
+                raise ValueError(
+                    f"{name}: got {value!r}, expected one of {', '.join(self.seconds)}"
+                )
         return self.seconds[over] / self.seconds[policy]
 
 
