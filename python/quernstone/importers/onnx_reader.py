@@ -1,0 +1,559 @@
+"""Reading an ONNX file as a graph.
+
+Source: the ONNX operator specification, opsets 7 to 24. Oracle: onnxruntime.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quernstone.importers.folding import fold_constants
+from quernstone.importers.fuse import fuse as fuse_graph
+from quernstone.importers.graph import Array, Graph, Node, Value, check_finite
+from quernstone.importers.onnx_file import Model, OnnxNode, load
+
+# Of a whole number's type, what stands for "to the end".
+_END = np.iinfo(np.int64).max
+
+
+def read_onnx(path: str | os.PathLike[str], *, fuse: bool = True) -> Graph:
+    """Reads an ONNX file as a graph of fp32 layers.
+
+    Batch normalisation becomes part of the convolution or linear layer before it, or a product and
+    a sum where there is none; weights of half precision become fp32.
+
+    Args:
+        path: the file; external data must lie in its folder.
+        fuse: whether scales and shifts are folded into layers, and the patterns of activations,
+            layer norm and attention become one node each.
+
+    Returns:
+        The graph. Names of tensors and nodes are the file's, where it has them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: the package onnx is missing.
+        ValueError: no whole ONNX file, external data outside its folder, weights that are not
+            finite or whose shapes disagree, nodes in a circle; or operators that are not supported,
+            with all their nodes.
+    """
+    model = load(Path(path))
+    reader = _Reader(model)
+    try:
+        graph = reader.graph()
+        return fuse_graph(graph, model.ranks) if fuse else graph
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+
+class Unsupported(ValueError):
+    """An operator, or a use of it, that a graph cannot hold."""
+
+
+class _Reader:
+    """Translates node after node."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.nodes: list[Node] = []
+        self.constants: dict[str, Array] = dict(model.constants)
+        self.alias: dict[str, str] = {"": ""}
+        self.taken = set(model.names)
+
+    def graph(self) -> Graph:
+        refused: list[str] = []
+        for node in self.model.nodes:
+            translate = TRANSLATE.get(node.op) if node.domain in ("", "ai.onnx") else None
+            op = node.op if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op}"
+            if translate is None:
+                refused.append(f"{op} ({node.name!r})")
+                continue
+            try:
+                translate(self, node)
+            except Unsupported as error:
+                refused.append(f"{op} ({node.name!r}: {error})")
+        if refused:
+            raise Unsupported(f"not supported: {', '.join(refused)}")
+        nodes = [
+            Node(n.name, n.op, tuple(map(self.source, n.inputs)), n.outputs, n.attributes)
+            for n in self.nodes
+        ]
+        outputs = tuple(self.source(name) for name in self.model.outputs)
+        graph = Graph(
+            tuple(nodes), self.model.inputs, outputs, self.constants, self.model.metadata
+        )
+        graph = fold_constants(graph).without_dead_ends()
+        for name, array in graph.constants.items():
+            users = [n for n in graph.nodes if name in n.inputs]
+            # Clamping by infinity is no mistake; a weight that is infinite is.
+            if any(n.op not in ("maximum", "minimum", "where", "add", "mul") for n in users):
+                where = f"{users[0].op} {users[0].name!r}: {name!r}"
+                check_finite(where, array)
+            if array.dtype.kind == "f" and np.isnan(array).any():
+                check_finite(f"{name!r}", array)
+        return graph
+
+    def source(self, name: str) -> str:
+        while name in self.alias and name:
+            name = self.alias[name]
+        return name
+
+    def emit(
+        self,
+        node: OnnxNode,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] | None = None,
+        **attributes: Any,
+    ) -> str:
+        """Adds a node; without `outputs` it makes a tensor of a new name, which is returned."""
+        if outputs is None:
+            outputs = (self.fresh(f"{node.outputs[0]}.{op}"),)
+        name = node.name if outputs[0] == node.outputs[0] else self.fresh(f"{node.name}.{op}")
+        inputs = list(inputs)
+        while inputs and not inputs[-1]:
+            inputs.pop()
+        self.nodes.append(Node(name, op, tuple(inputs), tuple(outputs), attributes))
+        return outputs[0]
+
+    def constant(self, node: OnnxNode, role: str, value: Any, dtype: Any = None) -> str:
+        name = self.fresh(f"{node.name}.{role}")
+        self.constants[name] = np.array(value, dtype)
+        return name
+
+    def fresh(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self.taken:
+            count += 1
+            unique = f"{name}.{count}"
+        self.taken.add(unique)
+        return unique
+
+    def known(self, name: str) -> Array | None:
+        """The value of a tensor that is a constant, also through Cast, Reshape and the like."""
+        return self.constants.get(self.source(name))
+
+    def number(self, node: OnnxNode, index: int, default: Any = None) -> Any:
+        """The constant input at an index, as an array; the default where it is absent."""
+        if index >= len(node.inputs) or not node.inputs[index]:
+            return default
+        value = self.known(node.inputs[index])
+        if value is None:
+            raise Unsupported(f"its input {node.inputs[index]!r} is no constant")
+        return value
+
+    def integers(self, node: OnnxNode, index: int, attribute: str) -> tuple[int, ...] | None:
+        """Whole numbers that older opsets keep in an attribute and newer ones in an input."""
+        if attribute in node.attributes:
+            return tuple(node.attributes[attribute])
+        value = self.number(node, index)
+        return None if value is None else tuple(int(n) for n in value.reshape(-1))
+
+    def rank(self, name: str) -> int | None:
+        return self.model.ranks.get(name)
+
+    def from_end(self, name: str, axis: int) -> int:
+        """An axis counted from the end, where the rank is known."""
+        rank = self.rank(name)
+        return axis if rank is None or axis < 0 else axis - rank
+
+
+def _direct(op: str, **fixed: Any) -> Callable[[_Reader, OnnxNode], None]:
+    def translate(r: _Reader, n: OnnxNode) -> None:
+        r.emit(n, op, n.inputs, n.outputs, **fixed)
+
+    return translate
+
+
+def _identity(r: _Reader, n: OnnxNode) -> None:
+    r.alias[n.outputs[0]] = n.inputs[0]
+
+
+def _constant(r: _Reader, n: OnnxNode) -> None:
+    """What `load` did not take as a constant already."""
+    raise Unsupported("it holds no tensor of numbers")
+
+
+def _spatial(r: _Reader, n: OnnxNode, kernel: Sequence[int]) -> dict[str, Any]:
+    a, axes = n.attributes, len(kernel)
+    auto = a.get("auto_pad", "NOTSET")
+    if auto not in ("NOTSET", "VALID"):
+        raise Unsupported(f"auto_pad {auto}")
+    pads = a.get("pads", [0] * 2 * axes) if auto == "NOTSET" else [0] * 2 * axes
+    return {
+        "stride": tuple(a.get("strides", [1] * axes)),
+        "padding": tuple(zip(pads[:axes], pads[axes:], strict=True)),
+        "dilation": tuple(a.get("dilations", [1] * axes)),
+    }
+
+
+def _conv(r: _Reader, n: OnnxNode) -> None:
+    weight = r.number(n, 1)
+    spatial = _spatial(r, n, weight.shape[2:])
+    groups = n.attributes.get("group", 1)
+    if n.op == "ConvTranspose":
+        if "output_shape" in n.attributes:
+            raise Unsupported("output_shape")
+        extra = n.attributes.get("output_padding", [0] * (weight.ndim - 2))
+        spatial["output_padding"] = tuple(extra)
+        r.emit(n, "conv_transpose", n.inputs, n.outputs, **spatial, groups=groups)
+    else:
+        r.emit(n, "conv", n.inputs, n.outputs, **spatial, groups=groups)
+
+
+def _gemm(r: _Reader, n: OnnxNode) -> None:
+    """alpha A B + beta C; with constant B a linear layer."""
+    a, b, c = n.inputs[0], n.inputs[1], n.inputs[2] if len(n.inputs) > 2 else ""
+    alpha, beta = n.attributes.get("alpha", 1.0), n.attributes.get("beta", 1.0)
+    if n.attributes.get("transA", 0):
+        a = r.emit(n, "transpose", [a], axes=(1, 0))
+    weight, bias = r.known(b), r.known(c)
+    if weight is not None and (not c or (bias is not None and bias.size in (1, bias.shape[-1]))):
+        if weight.ndim != 2:
+            raise ValueError(f"Gemm {n.name!r}: got a matrix of shape {weight.shape}")
+        out_in = weight if n.attributes.get("transB", 0) else weight.T
+        if alpha != 1 or not n.attributes.get("transB", 0):
+            b = r.constant(n, "weight", alpha * out_in, weight.dtype)
+        if bias is not None and (beta != 1 or bias.shape != out_in.shape[:1]):
+            full = np.broadcast_to(beta * bias.reshape(-1), out_in.shape[:1])
+            c = r.constant(n, "bias", full, bias.dtype)
+        r.emit(n, "linear", [a, b, c], n.outputs)
+        return
+    if n.attributes.get("transB", 0):
+        b = r.emit(n, "transpose", [b], axes=(1, 0))
+    last = n.outputs
+    product = r.emit(n, "matmul", [a, b], last if alpha == 1 and not c else None)
+    if alpha != 1:
+        scale = r.constant(n, "alpha", alpha, np.float32)
+        product = r.emit(n, "mul", [product, scale], None if c else last)
+    if c:
+        if beta != 1:
+            c = r.emit(n, "mul", [c, r.constant(n, "beta", beta, np.float32)])
+        r.emit(n, "add", [product, c], last)
+
+
+def _matmul(r: _Reader, n: OnnxNode) -> None:
+    weight = r.known(n.inputs[1])
+    if weight is not None and weight.ndim == 2 and weight.dtype.kind == "f":
+        r.emit(n, "linear", [n.inputs[0], r.constant(n, "weight", weight.T)], n.outputs)
+    else:
+        r.emit(n, "matmul", n.inputs, n.outputs)
+
+
+def _batch_norm(r: _Reader, n: OnnxNode) -> None:
+    """A product and a sum, which folding puts into the layer before."""
+    if n.attributes.get("training_mode", 0) or len([o for o in n.outputs if o]) > 1:
+        raise Unsupported("training mode")
+    gamma, beta, mean, variance = (r.number(n, i).astype(np.float64) for i in range(1, 5))
+    scale = gamma / np.sqrt(variance + n.attributes.get("epsilon", 1e-5))
+    rank = r.rank(n.inputs[0]) or 4
+    channel = (-1,) + (1,) * (rank - 2)
+    x = r.emit(
+        n, "mul", [n.inputs[0], r.constant(n, "scale", scale.reshape(channel), np.float32)]
+    )
+    shift = (beta - mean * scale).reshape(channel)
+    r.emit(n, "add", [x, r.constant(n, "shift", shift, np.float32)], n.outputs)
+
+
+def _layer_norm(r: _Reader, n: OnnxNode) -> None:
+    if r.from_end(n.inputs[0], n.attributes.get("axis", -1)) != -1:
+        raise Unsupported("an axis that is not the last")
+    if len([o for o in n.outputs if o]) > 1:
+        raise Unsupported("more than one output")
+    r.emit(n, "layer_norm", n.inputs, n.outputs, eps=n.attributes.get("epsilon", 1e-5))
+
+
+def _softmax(r: _Reader, n: OnnxNode) -> None:
+    old = r.model.opset < 13
+    axis = r.from_end(n.inputs[0], n.attributes.get("axis", 1 if old else -1))
+    # Before opset 13 all axes from this one on are one.
+    if old and axis != -1:
+        raise Unsupported(f"axis {axis} in opset {r.model.opset}")
+    r.emit(n, "softmax", n.inputs, n.outputs, axis=axis)
+
+
+def _clip(r: _Reader, n: OnnxNode) -> None:
+    bounds = []
+    for index, name, default in ((1, "min", -np.inf), (2, "max", np.inf)):
+        value = n.attributes[name] if name in n.attributes else r.number(n, index, default)
+        bounds.append(float(np.asarray(value).reshape(())))
+    r.emit(n, "clip", n.inputs[:1], n.outputs, low=bounds[0], high=bounds[1])
+
+
+def _several(op: str) -> Callable[[_Reader, OnnxNode], None]:
+    """An operator of any number of inputs, from one of two."""
+
+    def translate(r: _Reader, n: OnnxNode) -> None:
+        if len(n.inputs) == 1:
+            r.alias[n.outputs[0]] = n.inputs[0]
+            return
+        so_far = n.inputs[0]
+        for name in n.inputs[1:-1]:
+            so_far = r.emit(n, op, [so_far, name])
+        r.emit(n, op, [so_far, n.inputs[-1]], n.outputs)
+
+    return translate
+
+
+def _reduce(op: str) -> Callable[[_Reader, OnnxNode], None]:
+    def translate(r: _Reader, n: OnnxNode) -> None:
+        axes = r.integers(n, 1, "axes")
+        if not axes and n.attributes.get("noop_with_empty_axes", 0):
+            r.alias[n.outputs[0]] = n.inputs[0]
+            return
+        if axes:
+            axes = tuple(r.from_end(n.inputs[0], axis) for axis in axes)
+        keep = bool(n.attributes.get("keepdims", 1))
+        r.emit(n, op, n.inputs[:1], n.outputs, axes=axes or None, keep=keep)
+
+    return translate
+
+
+def _global_pool(op: str) -> Callable[[_Reader, OnnxNode], None]:
+    def translate(r: _Reader, n: OnnxNode) -> None:
+        rank = r.rank(n.inputs[0])
+        if rank is None:
+            raise Unsupported("an input of unknown rank")
+        r.emit(n, op, n.inputs, n.outputs, axes=tuple(range(2 - rank, 0)), keep=True)
+
+    return translate
+
+
+def _pool(r: _Reader, n: OnnxNode) -> None:
+    kernel = tuple(n.attributes["kernel_shape"])
+    options: dict[str, Any] = {"kernel": kernel, **_spatial(r, n, kernel)}
+    options["ceil"] = bool(n.attributes.get("ceil_mode", 0))
+    if len([o for o in n.outputs if o]) > 1:
+        raise Unsupported("more than one output")
+    if n.op == "AveragePool":
+        if any(step != 1 for step in options.pop("dilation")):
+            raise Unsupported("dilations")
+        options["count_padding"] = bool(n.attributes.get("count_include_pad", 0))
+        r.emit(n, "avg_pool", n.inputs, n.outputs, **options)
+    else:
+        r.emit(n, "max_pool", n.inputs, n.outputs, **options)
+
+
+def _reshape(r: _Reader, n: OnnxNode) -> None:
+    if n.attributes.get("allowzero", 0) and 0 in (r.known(n.inputs[1]) or ()):
+        raise Unsupported("allowzero")
+    r.emit(n, "reshape", n.inputs, n.outputs)
+
+
+def _transpose(r: _Reader, n: OnnxNode) -> None:
+    axes = n.attributes.get("perm")
+    if axes is None:
+        rank = r.rank(n.inputs[0])
+        if rank is None:
+            raise Unsupported("no perm, and an input of unknown rank")
+        axes = range(rank)[::-1]
+    r.emit(n, "transpose", n.inputs, n.outputs, axes=tuple(axes))
+
+
+def _squeeze(r: _Reader, n: OnnxNode) -> None:
+    axes = r.integers(n, 1, "axes")
+    if axes is None:
+        raise Unsupported("no axes")
+    r.emit(n, n.op.lower(), n.inputs[:1], n.outputs, axes=axes)
+
+
+def _slice(r: _Reader, n: OnnxNode) -> None:
+    if "starts" in n.attributes:
+        starts, ends = (r.constant(n, k, n.attributes[k], np.int64) for k in ("starts", "ends"))
+        axes = n.attributes.get("axes", range(len(n.attributes["starts"])))
+        steps = [1] * len(axes)
+    else:
+        starts, ends = n.inputs[1:3]
+        axes, steps = r.integers(n, 3, ""), r.integers(n, 4, "")
+        if axes is None:
+            value = r.known(starts)
+            if value is None:
+                raise Unsupported("no axes, and starts that are no constant")
+            axes = range(value.size)
+        steps = steps or [1] * len(axes)
+    r.emit(
+        n, "slice", [n.inputs[0], starts, ends], n.outputs, axes=tuple(axes), steps=tuple(steps)
+    )
+
+
+def _split(r: _Reader, n: OnnxNode) -> None:
+    sizes = r.integers(n, 1, "split")
+    parts = None if sizes else n.attributes.get("num_outputs", len(n.outputs))
+    axis = n.attributes.get("axis", 0)
+    r.emit(n, "split", n.inputs[:1], n.outputs, axis=axis, sizes=sizes, parts=parts)
+
+
+def _pad(r: _Reader, n: OnnxNode) -> None:
+    if len(n.inputs) > 3 and n.inputs[3]:
+        raise Unsupported("axes")
+    mode = n.attributes.get("mode", "constant")
+    if mode not in ("constant", "reflect", "edge"):
+        raise Unsupported(f"mode {mode}")
+    if "pads" in n.attributes:
+        amounts = r.constant(n, "pads", n.attributes["pads"], np.int64)
+    else:
+        amounts = n.inputs[1]
+    value = float(np.asarray(r.number(n, 2, n.attributes.get("value", 0.0))).reshape(()))
+    mode = {"edge": "replicate"}.get(mode, mode)
+    r.emit(n, "pad", [n.inputs[0], amounts], n.outputs, mode=mode, value=value)
+
+
+def _gather(r: _Reader, n: OnnxNode) -> None:
+    table, axis = r.known(n.inputs[0]), n.attributes.get("axis", 0)
+    if table is not None and table.ndim == 2 and axis == 0 and table.dtype.kind == "f":
+        r.emit(n, "embedding", [n.inputs[1], n.inputs[0]], n.outputs)
+    else:
+        r.emit(n, "gather", n.inputs, n.outputs, axis=axis)
+
+
+def _resize(r: _Reader, n: OnnxNode) -> None:
+    a = n.attributes
+    mode = a.get("mode", "nearest")
+    how = a.get("coordinate_transformation_mode", "half_pixel")
+    if r.model.opset < 11:
+        how = "asymmetric"
+    places = {"nearest": ["asymmetric"], "linear": ["half_pixel", "align_corners"]}
+    nearest = a.get("nearest_mode", "floor" if r.model.opset < 11 else "round_prefer_floor")
+    if how not in places.get(mode, []) or (mode == "nearest" and nearest != "floor"):
+        raise Unsupported(f"mode {mode}, {how}, {nearest}")
+    if a.get("antialias", 0) or "axes" in a:
+        raise Unsupported("antialias or axes")
+    scales = r.number(n, 1 if r.model.opset < 11 else 2, a.get("scales"))
+    options: dict[str, Any] = {"mode": mode, "align_corners": how == "align_corners"}
+    if scales is not None and len(scales):
+        if any(scale != 1 for scale in scales[:2]):
+            raise Unsupported("scales of the batch or of channels")
+        options["scales"] = tuple(float(scale) for scale in scales[2:])
+        r.emit(n, "resize", n.inputs[:1], n.outputs, **options)
+    else:
+        bounds = [r.constant(n, "axis", [i], np.int64) for i in (2, _END)]
+        size = r.emit(n, "slice", [n.inputs[3], *bounds], axes=(0,), steps=(1,))
+        r.emit(n, "resize", [n.inputs[0], size], n.outputs, **options)
+
+
+def _cast(r: _Reader, n: OnnxNode) -> None:
+    from quernstone.importers.onnx_file import dtype_name
+
+    r.emit(n, "cast", n.inputs[:1], n.outputs, dtype=dtype_name(n.attributes["to"]))
+
+
+def _fill(r: _Reader, n: OnnxNode) -> None:
+    value = np.asarray(n.attributes.get("value", np.zeros(1, np.float32)))
+    r.emit(n, "fill", n.inputs, n.outputs, value=value.item(), dtype=str(value.dtype))
+
+
+def _shape(r: _Reader, n: OnnxNode) -> None:
+    begin, end = n.attributes.get("start", 0), n.attributes.get("end", _END)
+    if begin == 0 and end == _END:
+        r.emit(n, "shape", n.inputs, n.outputs)
+        return
+    bounds = [r.constant(n, "bound", [i], np.int64) for i in (begin, end)]
+    whole = r.emit(n, "shape", n.inputs)
+    r.emit(n, "slice", [whole, *bounds], n.outputs, axes=(0,), steps=(1,))
+
+
+def _lstm(r: _Reader, n: OnnxNode) -> None:
+    a = n.attributes
+    standard = a.get("activations", ["Sigmoid", "Tanh", "Tanh"])
+    if any(name not in ("Sigmoid", "Tanh") for name in standard):
+        raise Unsupported(f"activations {standard}")
+    if any(a.get(key, 0) for key in ("clip", "input_forget", "layout")):
+        raise Unsupported("clip, input_forget or layout")
+    named = [*n.inputs, *[""] * 8]
+    if named[4] or named[7]:
+        raise Unsupported("sequence_lens or peepholes")
+    w, u, d = r.number(n, 1), r.number(n, 2), a["hidden_size"]
+    b = r.number(n, 3)
+    outputs = [*n.outputs, "", "", ""][:3]
+    directions = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
+    made: list[list[str]] = []
+    for i, reverse in enumerate(directions[a.get("direction", "forward")]):
+        # ONNX orders the gates input, output, forget, cell; torch input, forget, cell, output.
+        order = np.r_[0:d, 2 * d : 3 * d, 3 * d : 4 * d, d : 2 * d]
+        weight = r.constant(n, "weight", w[i][order])
+        recurrent = r.constant(n, "recurrent", u[i][order])
+        bias = ""
+        if b is not None:
+            bias = r.constant(n, "bias", (b[i][: 4 * d] + b[i][4 * d :])[order])
+        at = r.constant(n, "direction", i, np.int64)
+        states = [r.emit(n, "gather", [s, at], axis=0) if s else "" for s in named[5:7]]
+        results = [r.fresh(f"{n.outputs[0] or n.name}.{part}") for part in ("y", "h", "c")]
+        r.emit(n, "lstm", [n.inputs[0], weight, recurrent, bias, *states], results, reverse=reverse)
+        made.append(results)
+    for part, output, axis in zip(range(3), outputs, (1, 0, 0), strict=True):
+        if output:
+            apart = [r.emit(n, "unsqueeze", [m[part]], axes=(axis,)) for m in made]
+            r.emit(n, "concat", apart, [output], axis=axis)
+
+
+_SAME_NAME = (
+    "Relu Sigmoid Tanh Erf Exp Log Sqrt Reciprocal Neg Abs Floor Ceil Sin Cos "
+    "Add Sub Mul Div Pow Equal Less Greater Where Expand Tile"
+)
+TRANSLATE: Mapping[str, Callable[[_Reader, OnnxNode], None]] = {
+    **{name: _direct(name.lower()) for name in _SAME_NAME.split()},
+    "Not": _direct("logical_not"),
+    "And": _direct("logical_and"),
+    "Or": _direct("logical_or"),
+    "Max": _several("maximum"),
+    "Min": _several("minimum"),
+    "Sum": _several("add"),
+    "Range": _direct("arange"),
+    "Identity": _identity,
+    "Dropout": _identity,
+    "Constant": _constant,
+    "Conv": _conv,
+    "ConvTranspose": _conv,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
+    "LSTM": _lstm,
+    "Softmax": _softmax,
+    "Clip": _clip,
+    "Gelu": lambda r, n: r.emit(
+        n, "gelu", n.inputs, n.outputs, tanh=n.attributes.get("approximate", "none") == "tanh"
+    ),
+    "HardSigmoid": lambda r, n: r.emit(
+        n,
+        "hard_sigmoid",
+        n.inputs,
+        n.outputs,
+        alpha=n.attributes.get("alpha", 0.2),
+        beta=n.attributes.get("beta", 0.5),
+    ),
+    "HardSwish": _direct("hard_swish"),
+    "LeakyRelu": lambda r, n: r.emit(
+        n, "leaky_relu", n.inputs, n.outputs, alpha=n.attributes.get("alpha", 0.01)
+    ),
+    "MaxPool": _pool,
+    "AveragePool": _pool,
+    "GlobalAveragePool": _global_pool("mean"),
+    "GlobalMaxPool": _global_pool("amax"),
+    "ReduceMean": _reduce("mean"),
+    "ReduceSum": _reduce("sum"),
+    "ReduceMax": _reduce("amax"),
+    "ReduceMin": _reduce("amin"),
+    "Reshape": _reshape,
+    "Flatten": lambda r, n: r.emit(
+        n, "flatten", n.inputs, n.outputs, axis=n.attributes.get("axis", 1)
+    ),
+    "Transpose": _transpose,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _squeeze,
+    "Slice": _slice,
+    "Concat": lambda r, n: r.emit(n, "concat", n.inputs, n.outputs, axis=n.attributes["axis"]),
+    "Split": _split,
+    "Pad": _pad,
+    "Gather": _gather,
+    "Resize": _resize,
+    "Upsample": _resize,
+    "Cast": _cast,
+    "Shape": _shape,
+    "ConstantOfShape": _fill,
+}
