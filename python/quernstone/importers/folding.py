@@ -18,17 +18,24 @@ _TARGETS = ("conv", "conv_transpose", "linear")
 def fold_constants(graph: Graph) -> Graph:
     """Nodes whose inputs are all constant become constants."""
     constants = dict(graph.constants)
-    nodes = []
-    for node in graph.nodes:
-        names = [name for name in node.inputs if name]
-        if not names or any(name not in constants for name in names):
-            nodes.append(node)
-            continue
-        _refuse_huge(node, constants)
-        given = [torch.from_numpy(constants[n].copy()) if n else None for n in node.inputs]
-        for name, made in zip(node.outputs, evaluate(node, given), strict=False):
-            constants[name] = made.numpy()
+    nodes = [node for node in graph.nodes if not fold_node(node, constants)]
     return replace(graph, nodes=tuple(nodes), constants=constants)
+
+
+def fold_node(node: Node, constants: dict[str, Array]) -> bool:
+    """Adds a node's outputs to the constants, where its inputs are all among them.
+
+    Raises:
+        ValueError: the result is huge, or the node cannot take these inputs.
+    """
+    names = [name for name in node.inputs if name]
+    if not names or any(name not in constants for name in names):
+        return False
+    _refuse_huge(node, constants)
+    given = [torch.from_numpy(constants[n].copy()) if n else None for n in node.inputs]
+    for name, made in zip(node.outputs, evaluate(node, given), strict=False):
+        constants[name] = made.numpy()
+    return True
 
 
 def _refuse_huge(node: Node, constants: Mapping[str, Array]) -> None:
@@ -102,9 +109,7 @@ def _channels(layer: Node, weight: Array) -> int:
     return int(weight.shape[0])
 
 
-def _folded(
-    graph: Graph, layer: Node, node: Node, c: Array, uses: Mapping[str, int]
-) -> Graph:
+def _folded(graph: Graph, layer: Node, node: Node, c: Array, uses: Mapping[str, int]) -> Graph:
     constants = dict(graph.constants)
     weight_name, bias_name = layer.inputs[1], layer.input("bias")
     weight = constants[weight_name]
@@ -116,7 +121,7 @@ def _folded(
             name = f"{layer.name}.{role}"
             while name in constants:
                 name += "_"
-        constants[name] = np.ascontiguousarray(array.astype(weight.dtype))
+        constants[name] = array.astype(weight.dtype, order="C")
         return name
 
     if node.op in ("mul", "div"):
@@ -125,7 +130,7 @@ def _folded(
         weight_name = put(weight_name, "weight", _scaled(layer, weight, c))
     else:
         bias = bias + (c if node.op == "add" else -c)
-    inputs = (layer.inputs[0], weight_name)
+    inputs: tuple[str, ...] = (layer.inputs[0], weight_name)
     if bias_name is not None or node.op in ("add", "sub"):
         inputs += (put(bias_name, "bias", bias),)
     merged = replace(layer, inputs=inputs, outputs=node.outputs)

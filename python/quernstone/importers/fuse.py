@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from quernstone.importers.folding import fold_scales
 from quernstone.importers.graph import Array, Graph, Node
 
@@ -137,8 +135,8 @@ def _match(
     if isinstance(pattern, float):
         array = graph.constants.get(tensor)
         if array is not None and array.size == 1 and array.dtype.kind == "f":
-            if math.isclose(array.reshape(()), pattern, rel_tol=_CLOSE):
-                yield bound, names
+            near = math.isclose(array.reshape(()), pattern, rel_tol=_CLOSE)
+            yield from [(bound, names)] * near
         return
     node = producers.get(tensor)
     op, *children = pattern
@@ -192,7 +190,7 @@ def _layer_norm(match: Match) -> list[Node] | None:
 def _attention(match: Match) -> list[Node] | None:
     """The keys come transposed; they are taken from before that."""
     turned = match.made("kt")
-    if turned is None or turned.op != "transpose":
+    if turned is None or turned.op != "transpose" or len(turned.attributes["axes"]) != 4:
         return None
     scale = 1.0
     for name, power in (("=scale", 1), ("=over", -1)):
@@ -217,8 +215,14 @@ def _attention(match: Match) -> list[Node] | None:
     ]
 
 
-_CUBED = ("mul", "x", ("mul", "x", ("mul", 0.044715, "x")))
-_TANH = ("add", 1.0, ("tanh", ("mul", math.sqrt(2 / math.pi), ("add", "x", _CUBED))))
+_CUBIC = [
+    ("mul", "x", ("mul", "x", ("mul", 0.044715, "x"))),
+    ("mul", 0.044715, ("mul", "x", ("mul", "x", "x"))),
+    ("mul", 0.044715, ("pow", "x", 3.0)),
+]
+_TANH = [
+    ("add", 1.0, ("tanh", ("mul", math.sqrt(2 / math.pi), ("add", "x", cubic)))) for cubic in _CUBIC
+]
 _ERF = [
     ("add", 1.0, ("erf", ("div", "x", math.sqrt(2)))),
     ("add", 1.0, ("erf", ("mul", "x", math.sqrt(0.5)))),
@@ -241,7 +245,7 @@ _RULES: list[tuple[Any, Build]] = [
     (("mul", "x", ("div", ("clip", ("add", "x", 3.0), _SIX), 6.0)), _one("hard_swish")),
     (("mul", "x", ("sigmoid", "x")), _one("silu")),
 ]
-for _kind, _halves in ((False, _ERF), (True, [_TANH])):
+for _kind, _halves in ((False, _ERF), (True, _TANH)):
     for _half in _halves:
         _RULES += [
             (("mul", "x", ("mul", 0.5, _half)), _one("gelu", tanh=_kind)),

@@ -129,7 +129,7 @@ class Graph:
                 raise ValueError(f"constants[{name!r}]: got shape {got}, expected {want}")
             check_finite(f"constants[{name!r}]", array)
         changed = {
-            name: np.ascontiguousarray(array, self.constants[name].dtype)
+            name: np.array(array, self.constants[name].dtype, order="C")
             for name, array in constants.items()
         }
         return replace(self, constants={**self.constants, **changed})
@@ -242,7 +242,27 @@ def check_finite(where: str, array: Any) -> None:
     array = np.asarray(array)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = array[~np.isfinite(array)]
-        raise ValueError(f"{where}: {bad.size} of {array.size} are {bad[0]}, expected finite numbers")
+        raise ValueError(
+            f"{where}: {bad.size} of {array.size} are {bad[0]}, expected finite numbers"
+        )
+
+
+def check_weights(graph: Graph) -> Graph:
+    """The graph, if its weights are finite and no other constant has a NaN.
+
+    Raises:
+        ValueError: it is not so; the message names the layer.
+    """
+    for node in graph.nodes:
+        for role in ("weight", "recurrent", "bias"):
+            name = node.input(role)
+            if name is not None and name in graph.constants:
+                check_finite(f"{node.op} {node.name!r}: {role} {name!r}", graph.constants[name])
+    for name, array in graph.constants.items():
+        # A bound may be infinite: max(x, -inf).
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            check_finite(repr(name), array)
+    return graph
 
 
 def _in_order(graph: Graph) -> tuple[Node, ...]:

@@ -227,7 +227,8 @@ def _external(tensor: Any, name: str, folder: Path) -> bytes:
         raise ValueError(f"{name!r}: {length} bytes at {offset} of {location!r} are not there")
     with file.open("rb") as opened:
         opened.seek(offset)
-        return opened.read(length)
+        data: bytes = opened.read(length)
+        return data
 
 
 def _ranks(onnx: Any, proto: Any, constants: dict[str, Array]) -> dict[str, int]:

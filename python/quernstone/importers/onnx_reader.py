@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from quernstone.importers.folding import fold_constants
+from quernstone.importers.folding import fold_constants, fold_node
 from quernstone.importers.fuse import fuse as fuse_graph
-from quernstone.importers.graph import Array, Graph, Node, Value, check_finite
+from quernstone.importers.graph import Array, Graph, Node, check_weights
 from quernstone.importers.onnx_file import Model, OnnxNode, load
 
 # Of a whole number's type, what stands for "to the end".
@@ -84,19 +84,8 @@ class _Reader:
             for n in self.nodes
         ]
         outputs = tuple(self.source(name) for name in self.model.outputs)
-        graph = Graph(
-            tuple(nodes), self.model.inputs, outputs, self.constants, self.model.metadata
-        )
-        graph = fold_constants(graph).without_dead_ends()
-        for name, array in graph.constants.items():
-            users = [n for n in graph.nodes if name in n.inputs]
-            # Clamping by infinity is no mistake; a weight that is infinite is.
-            if any(n.op not in ("maximum", "minimum", "where", "add", "mul") for n in users):
-                where = f"{users[0].op} {users[0].name!r}: {name!r}"
-                check_finite(where, array)
-            if array.dtype.kind == "f" and np.isnan(array).any():
-                check_finite(f"{name!r}", array)
-        return graph
+        graph = Graph(tuple(nodes), self.model.inputs, outputs, self.constants, self.model.metadata)
+        return check_weights(fold_constants(graph).without_dead_ends())
 
     def source(self, name: str) -> str:
         while name in self.alias and name:
@@ -115,10 +104,13 @@ class _Reader:
         if outputs is None:
             outputs = (self.fresh(f"{node.outputs[0]}.{op}"),)
         name = node.name if outputs[0] == node.outputs[0] else self.fresh(f"{node.name}.{op}")
-        inputs = list(inputs)
+        inputs = [self.source(name) for name in inputs]
         while inputs and not inputs[-1]:
             inputs.pop()
-        self.nodes.append(Node(name, op, tuple(inputs), tuple(outputs), attributes))
+        made = Node(name, op, tuple(inputs), tuple(outputs), attributes)
+        # At once: the nodes that follow may need to know the value.
+        if not fold_node(made, self.constants):
+            self.nodes.append(made)
         return outputs[0]
 
     def constant(self, node: OnnxNode, role: str, value: Any, dtype: Any = None) -> str:
@@ -135,7 +127,7 @@ class _Reader:
         return unique
 
     def known(self, name: str) -> Array | None:
-        """The value of a tensor that is a constant, also through Cast, Reshape and the like."""
+        """The value of a tensor that is a constant."""
         return self.constants.get(self.source(name))
 
     def number(self, node: OnnxNode, index: int, default: Any = None) -> Any:
@@ -153,6 +145,13 @@ class _Reader:
             return tuple(node.attributes[attribute])
         value = self.number(node, index)
         return None if value is None else tuple(int(n) for n in value.reshape(-1))
+
+    def long(self, node: OnnxNode, name: str) -> str:
+        """A tensor of whole numbers as int64."""
+        value = self.known(name)
+        if value is not None and value.dtype == np.int64:
+            return name
+        return self.emit(node, "cast", [name], dtype="int64")
 
     def rank(self, name: str) -> int | None:
         return self.model.ranks.get(name)
@@ -253,9 +252,7 @@ def _batch_norm(r: _Reader, n: OnnxNode) -> None:
     scale = gamma / np.sqrt(variance + n.attributes.get("epsilon", 1e-5))
     rank = r.rank(n.inputs[0]) or 4
     channel = (-1,) + (1,) * (rank - 2)
-    x = r.emit(
-        n, "mul", [n.inputs[0], r.constant(n, "scale", scale.reshape(channel), np.float32)]
-    )
+    x = r.emit(n, "mul", [n.inputs[0], r.constant(n, "scale", scale.reshape(channel), np.float32)])
     shift = (beta - mean * scale).reshape(channel)
     r.emit(n, "add", [x, r.constant(n, "shift", shift, np.float32)], n.outputs)
 
@@ -363,22 +360,21 @@ def _squeeze(r: _Reader, n: OnnxNode) -> None:
 
 
 def _slice(r: _Reader, n: OnnxNode) -> None:
+    axes: tuple[int, ...] | None
+    steps: tuple[int, ...] | None = None
     if "starts" in n.attributes:
         starts, ends = (r.constant(n, k, n.attributes[k], np.int64) for k in ("starts", "ends"))
-        axes = n.attributes.get("axes", range(len(n.attributes["starts"])))
-        steps = [1] * len(axes)
+        axes = tuple(n.attributes.get("axes", range(len(n.attributes["starts"]))))
     else:
-        starts, ends = n.inputs[1:3]
+        starts, ends = (r.long(n, name) for name in n.inputs[1:3])
         axes, steps = r.integers(n, 3, ""), r.integers(n, 4, "")
         if axes is None:
             value = r.known(starts)
             if value is None:
                 raise Unsupported("no axes, and starts that are no constant")
-            axes = range(value.size)
-        steps = steps or [1] * len(axes)
-    r.emit(
-        n, "slice", [n.inputs[0], starts, ends], n.outputs, axes=tuple(axes), steps=tuple(steps)
-    )
+            axes = tuple(range(value.size))
+    steps = steps or (1,) * len(axes)
+    r.emit(n, "slice", [n.inputs[0], starts, ends], n.outputs, axes=axes, steps=steps)
 
 
 def _split(r: _Reader, n: OnnxNode) -> None:
@@ -492,11 +488,12 @@ def _lstm(r: _Reader, n: OnnxNode) -> None:
 
 
 _SAME_NAME = (
-    "Relu Sigmoid Tanh Erf Exp Log Sqrt Reciprocal Neg Abs Floor Ceil Sin Cos "
-    "Add Sub Mul Div Pow Equal Less Greater Where Expand Tile"
+    *("Relu", "Sigmoid", "Tanh", "Erf", "Exp", "Log", "Sqrt", "Reciprocal", "Neg", "Abs"),
+    *("Floor", "Ceil", "Sin", "Cos", "Add", "Sub", "Mul", "Div", "Pow"),
+    *("Equal", "Less", "Greater", "Where", "Expand", "Tile"),
 )
-TRANSLATE: Mapping[str, Callable[[_Reader, OnnxNode], None]] = {
-    **{name: _direct(name.lower()) for name in _SAME_NAME.split()},
+TRANSLATE: Mapping[str, Callable[[_Reader, OnnxNode], object]] = {
+    **{name: _direct(name.lower()) for name in _SAME_NAME},
     "Not": _direct("logical_not"),
     "And": _direct("logical_and"),
     "Or": _direct("logical_or"),

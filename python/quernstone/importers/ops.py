@@ -3,7 +3,7 @@
 The signature of a function is the schema of its op: positional parameters are the inputs by their
 roles ("weight", "bias", ...), keyword-only parameters the attributes. Everything differentiates.
 
-Axes: b batch, c channels, h heads, g key heads, t queries or steps, s keys, d head width.
+Axes: b batch, c channels, h heads, t queries or steps, s keys, d head or state width.
 """
 
 import inspect
@@ -67,7 +67,9 @@ def conv_transpose(
     run: Any = _CONV_TRANSPOSE[len(stride) - 1]
     before = [first for first, _ in padding]
     # Cuts `before` on both sides; what the far side differs by is cut or kept here.
-    more = [first - last + extra for (first, last), extra in zip(padding, output_padding)]
+    more = [
+        first - last + extra for (first, last), extra in zip(padding, output_padding, strict=True)
+    ]
     grown = [max(extra, 0) for extra in more]
     out: Tensor = run(x, weight, bias, stride, before, grown, groups, dilation)
     for axis, extra in enumerate(more):
@@ -135,14 +137,10 @@ def attention(
     scale: float,
     causal: bool = False,
 ) -> Tensor:
-    """softmax(scale q k^T + mask) v over the last two axes; mask broadcasts to the logits.
+    """softmax(scale q k^T + mask) v over q [b, h, t, d], k [b, h, s, d] and v [b, h, s, d].
 
-    q [..., h, t, d], k and v [..., g, s, d], h a multiple of g. With `causal`, query i sees keys
-    j <= i + s - t.
+    The mask broadcasts to the logits. With `causal`, query i sees keys j <= i + s - t.
     """
-    if q.ndim > 2 and q.shape[-3] != k.shape[-3]:
-        share = q.shape[-3] // k.shape[-3]
-        k, v = (part.repeat_interleave(share, dim=-3) for part in (k, v))
     logits = scale * (q @ k.transpose(-1, -2))
     if mask is not None:
         logits = logits + mask
@@ -311,7 +309,7 @@ def slice_(
     x: Tensor, starts: Tensor, ends: Tensor, *, axes: Sequence[int], steps: Sequence[int]
 ) -> Tensor:
     """Python's slices along some axes; a step may be negative."""
-    for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps):
+    for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps, strict=True):
         taken = range(x.shape[axis])[start:end:step]
         if step == 1:
             x = x.narrow(axis, taken.start, len(taken))
@@ -329,8 +327,8 @@ def split(
 ) -> tuple[Tensor, ...]:
     """Parts of these sizes, or this many of one size, of which the last may be smaller."""
     if sizes is None:
-        return x.split(-(-x.shape[axis] // (parts or 1)), axis)
-    return x.split(list(sizes), axis)
+        return torch.split(x, -(-x.shape[axis] // (parts or 1)), axis)
+    return torch.split(x, list(sizes), axis)
 
 
 def expand(x: Tensor, shape: Tensor) -> Tensor:
@@ -347,9 +345,9 @@ def pad(x: Tensor, amounts: Tensor, *, mode: str = "constant", value: float = 0.
     rank = x.ndim
     before, after = amounts.tolist()[:rank], amounts.tolist()[rank:]
     if mode == "constant":
-        return functional.pad(x, _flat(list(zip(before, after))), value=value)
+        return functional.pad(x, _flat(list(zip(before, after, strict=True))), value=value)
     # torch pads the last axes of a tensor with leading axes; one axis after the other does all.
-    for axis, sides in enumerate(zip(before, after)):
+    for axis, sides in enumerate(zip(before, after, strict=True)):
         if any(sides):
             last = x.movedim(axis, -1)
             flat = functional.pad(last.reshape(1, -1, last.shape[-1]), sides, mode=mode)
@@ -455,9 +453,13 @@ def _binary(function: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 _UNARY = (
-    "relu sigmoid tanh erf exp log sqrt reciprocal neg abs floor ceil sin cos logical_not"
-).split()
-_BINARY = "add sub mul pow maximum minimum equal less greater logical_and logical_or".split()
+    *("relu", "sigmoid", "tanh", "erf", "exp", "log", "sqrt", "reciprocal", "neg", "abs"),
+    *("floor", "ceil", "sin", "cos", "logical_not"),
+)
+_BINARY = (
+    *("add", "sub", "mul", "pow", "maximum", "minimum"),
+    *("equal", "less", "greater", "logical_and", "logical_or"),
+)
 _NAMED = {"equal": "eq"}  # torch.equal compares whole tensors.
 
 OPS: dict[str, Callable[..., Any]] = {
@@ -504,7 +506,9 @@ def schema(op: str) -> Schema:
     )
 
 
-def evaluate(op: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> list[Tensor]:
+def evaluate(
+    op: str, inputs: Sequence[Tensor | None], attributes: Mapping[str, Any]
+) -> list[Tensor]:
     """The outputs of one node; an optional input that is absent is None."""
     out = OPS[op](*inputs, **attributes)
     return list(out) if isinstance(out, tuple) else [out]
