@@ -61,7 +61,7 @@ Hook = Callable[[Node, "tuple[Tensor | None, ...]"], "Tensor | Sequence[Tensor] 
 None lets the node run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """A network that has been read.
 
@@ -88,6 +88,12 @@ class Graph:
         object.__setattr__(self, "constants", MappingProxyType(dict(self.constants)))
         for node in self.nodes:
             _check_node(node, self.constants)
+
+    def __repr__(self) -> str:
+        numbers = sum(array.size for array in self.constants.values())
+        given = ", ".join(value.name for value in self.inputs)
+        made = ", ".join(self.outputs)
+        return f"<Graph {given} -> {made}: {len(self.nodes)} nodes, {numbers:,} constant numbers>"
 
     def __getitem__(self, name: str) -> Node:
         """The node of this name."""

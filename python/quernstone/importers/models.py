@@ -22,7 +22,7 @@ PP_OCR = "rapidocr_onnxruntime"
 MAGIKA = "magika"
 SILERO = "silero-vad"
 
-_OCR_FILES = {
+OCR_FILES = {
     "detector": "ch_PP-OCRv4_det_infer.onnx",
     "recogniser": "ch_PP-OCRv4_rec_infer.onnx",
     "classifier": "ch_ppocr_mobile_v2.0_cls_infer.onnx",
@@ -45,9 +45,9 @@ def pp_ocr(part: str) -> Graph:
 
     Source: PaddleOCR (Apache-2.0), arXiv 2009.09941.
     """
-    if part not in _OCR_FILES:
-        raise ValueError(f"part: got {part!r}, expected one of {', '.join(_OCR_FILES)}")
-    return read_onnx(package_file(PP_OCR, _OCR_FILES[part]))
+    if part not in OCR_FILES:
+        raise ValueError(f"part: got {part!r}, expected one of {', '.join(OCR_FILES)}")
+    return read_onnx(package_file(PP_OCR, OCR_FILES[part]))
 
 
 def magika() -> Graph:

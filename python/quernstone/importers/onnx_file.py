@@ -13,6 +13,9 @@ import numpy as np
 
 from quernstone.importers.graph import Array, Value
 
+OLDEST, NEWEST = 7, 28
+"""Versions of the operator set."""
+
 # Of names of dtypes that a graph computes with; others become these.
 _DTYPES = {
     "FLOAT": "float32",
@@ -96,8 +99,8 @@ def _model(onnx: Any, proto: Any, folder: Path) -> Model:
     opsets = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
     if not opsets or not graph.output:
         raise ValueError("not a whole ONNX file (no opset or no output)")
-    if not 7 <= opsets[0] <= 24:
-        raise ValueError(f"opset {opsets[0]}, expected 7 to 24")
+    if not OLDEST <= opsets[0] <= NEWEST:
+        raise ValueError(f"opset {opsets[0]}, expected {OLDEST} to {NEWEST}")
     if graph.sparse_initializer:
         raise ValueError("sparse weights are not supported")
     constants = {
@@ -221,8 +224,14 @@ def _external(tensor: Any, name: str, folder: Path) -> bytes:
         raise ValueError(f"{name!r}: external data at {location!r}, outside the model's folder")
     if not file.is_file():
         raise ValueError(f"{name!r}: external data at {location!r}, where no file is")
-    offset = int(entries.get("offset", 0))
-    length = int(entries.get("length", file.stat().st_size - offset))
+    numbers = {"offset": 0, "length": file.stat().st_size}
+    for key in numbers:
+        try:
+            numbers[key] = int(entries.get(key, numbers[key] - numbers["offset"]))
+        except ValueError:
+            got = entries[key]
+            raise ValueError(f"{name!r}: {key}: got {got!r}, expected a whole number") from None
+    offset, length = numbers["offset"], numbers["length"]
     if offset < 0 or length < 0 or offset + length > file.stat().st_size:
         raise ValueError(f"{name!r}: {length} bytes at {offset} of {location!r} are not there")
     with file.open("rb") as opened:

@@ -1,6 +1,6 @@
 """Reading an ONNX file as a graph.
 
-Source: the ONNX operator specification, opsets 7 to 24. Oracle: onnxruntime.
+Source: the ONNX operator specification, opsets 7 to 28. Oracle: onnxruntime.
 """
 
 from __future__ import annotations
@@ -173,6 +173,12 @@ def _identity(r: _Reader, n: OnnxNode) -> None:
     r.alias[n.outputs[0]] = n.inputs[0]
 
 
+def _dropout(r: _Reader, n: OnnxNode) -> None:
+    if r.number(n, 2, np.False_):
+        raise Unsupported("training mode")
+    _identity(r, n)
+
+
 def _constant(r: _Reader, n: OnnxNode) -> None:
     """What `load` did not take as a constant already."""
     raise Unsupported("it holds no tensor of numbers")
@@ -212,10 +218,13 @@ def _gemm(r: _Reader, n: OnnxNode) -> None:
     if n.attributes.get("transA", 0):
         a = r.emit(n, "transpose", [a], axes=(1, 0))
     weight, bias = r.known(b), r.known(c)
-    if weight is not None and (not c or (bias is not None and bias.size in (1, bias.shape[-1]))):
-        if weight.ndim != 2:
-            raise ValueError(f"Gemm {n.name!r}: got a matrix of shape {weight.shape}")
+    if weight is not None and weight.ndim != 2:
+        raise ValueError(f"Gemm {n.name!r}: got a matrix of shape {weight.shape}")
+    per_output = bias is not None and bias.size == (bias.shape[-1] if bias.ndim else 1)
+    if weight is not None and (not c or per_output):
         out_in = weight if n.attributes.get("transB", 0) else weight.T
+        if bias is not None and bias.size not in (1, out_in.shape[0]):
+            raise ValueError(f"Gemm {n.name!r}: got bias {bias.shape}, matrix {out_in.T.shape}")
         if alpha != 1 or not n.attributes.get("transB", 0):
             b = r.constant(n, "weight", alpha * out_in, weight.dtype)
         if bias is not None and (beta != 1 or bias.shape != out_in.shape[:1]):
@@ -265,13 +274,22 @@ def _layer_norm(r: _Reader, n: OnnxNode) -> None:
     r.emit(n, "layer_norm", n.inputs, n.outputs, eps=n.attributes.get("epsilon", 1e-5))
 
 
+def _rms_norm(r: _Reader, n: OnnxNode) -> None:
+    if r.from_end(n.inputs[0], n.attributes.get("axis", -1)) != -1:
+        raise Unsupported("an axis that is not the last")
+    r.emit(n, "rms_norm", n.inputs, n.outputs, eps=n.attributes.get("epsilon", 1e-5))
+
+
 def _softmax(r: _Reader, n: OnnxNode) -> None:
     old = r.model.opset < 13
     axis = r.from_end(n.inputs[0], n.attributes.get("axis", 1 if old else -1))
+    if not old or axis == -1:
+        r.emit(n, "softmax", n.inputs, n.outputs, axis=axis)
+        return
     # Before opset 13 all axes from this one on are one.
-    if old and axis != -1:
-        raise Unsupported(f"axis {axis} in opset {r.model.opset}")
-    r.emit(n, "softmax", n.inputs, n.outputs, axis=axis)
+    shape = r.emit(n, "shape", n.inputs)
+    matrix = r.emit(n, "flatten", n.inputs, axis=axis)
+    r.emit(n, "reshape", [r.emit(n, "softmax", [matrix], axis=-1), shape], n.outputs)
 
 
 def _clip(r: _Reader, n: OnnxNode) -> None:
@@ -337,7 +355,7 @@ def _pool(r: _Reader, n: OnnxNode) -> None:
 
 
 def _reshape(r: _Reader, n: OnnxNode) -> None:
-    if n.attributes.get("allowzero", 0) and 0 in (r.known(n.inputs[1]) or ()):
+    if n.attributes.get("allowzero", 0) and 0 in r.number(n, 1):
         raise Unsupported("allowzero")
     r.emit(n, "reshape", n.inputs, n.outputs)
 
@@ -424,6 +442,8 @@ def _resize(r: _Reader, n: OnnxNode) -> None:
     if scales is not None and len(scales):
         if any(scale != 1 for scale in scales[:2]):
             raise Unsupported("scales of the batch or of channels")
+        if how == "align_corners" and any(scale % 1 for scale in scales):
+            raise Unsupported("align_corners at scales that are no whole numbers")
         options["scales"] = tuple(float(scale) for scale in scales[2:])
         r.emit(n, "resize", n.inputs[:1], n.outputs, **options)
     else:
@@ -502,7 +522,7 @@ TRANSLATE: Mapping[str, Callable[[_Reader, OnnxNode], object]] = {
     "Sum": _several("add"),
     "Range": _direct("arange"),
     "Identity": _identity,
-    "Dropout": _identity,
+    "Dropout": _dropout,
     "Constant": _constant,
     "Conv": _conv,
     "ConvTranspose": _conv,
@@ -510,6 +530,7 @@ TRANSLATE: Mapping[str, Callable[[_Reader, OnnxNode], object]] = {
     "MatMul": _matmul,
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
+    "RMSNormalization": _rms_norm,
     "LSTM": _lstm,
     "Softmax": _softmax,
     "Clip": _clip,

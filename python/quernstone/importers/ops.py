@@ -189,7 +189,7 @@ def hard_sigmoid(x: Tensor, *, alpha: float, beta: float) -> Tensor:
 
 
 def hard_swish(x: Tensor) -> Tensor:
-    return x * (x + 3).clamp(0, 6) / 6
+    return functional.hardswish(x)
 
 
 def leaky_relu(x: Tensor, *, alpha: float) -> Tensor:
@@ -360,7 +360,7 @@ def gather(x: Tensor, indices: Tensor, *, axis: int) -> Tensor:
     axis %= x.ndim
     flat = torch.where(indices < 0, indices + x.shape[axis], indices).long().reshape(-1)
     out = x.index_select(axis, flat)
-    return out.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return out.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def resize(

@@ -71,7 +71,8 @@ def read_llama_gguf(path: str | os.PathLike[str]) -> Graph:
     path = Path(path)
     file = read_gguf(path)
     try:
-        return from_state_dict(llama_weights(file), llama_config(file))
+        config = llama_config(file)
+        return from_state_dict(llama_weights(file), config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
