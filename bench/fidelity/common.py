@@ -84,11 +84,15 @@ def text(split: Split) -> str:
 
 @functools.cache
 def sentences(split: Split) -> tuple[str, ...]:
-    """The sentences of `text` that are neither short nor code."""
+    """The sentences of `text` that are neither short nor code, and stand in no other split."""
     flat = " ".join(text(split).split())
     parts = (part.strip() for part in flat.replace("? ", ". ").split(". "))
+    known = set(sentences("calibration")) if split == "held-out" else set()
     return tuple(
         part
         for part in dict.fromkeys(parts)
-        if 30 <= len(part) <= 200 and part.isascii() and not set("=<>{}[]\\|_") & set(part)
+        if part not in known
+        and 30 <= len(part) <= 200
+        and part.isascii()
+        and not set("=<>{}[]\\|_") & set(part)
     )
