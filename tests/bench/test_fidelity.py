@@ -161,6 +161,9 @@ def test_overlap_pairs_boxes_and_counts_those_without_a_partner() -> None:
     assert ocr.overlap(a, a[::-1]) == 1
     assert ocr.overlap(a, shifted) == pytest.approx(1 / 3)
     assert ocr.overlap(a, a[:1]) == ocr.overlap(a[:1], a) == 0.5
+    far = np.array([[0, 0, 10, 10], [90, 90, 99, 99]], np.float64)
+    # A box has one partner, however many it overlaps.
+    assert ocr.overlap(np.array([[0, 0, 10, 10], [1, 0, 11, 10]], np.float64), far) == 0.5
     assert ocr.overlap(a, np.zeros((0, 4))) == 0
     assert ocr.overlap(np.zeros((0, 4)), np.zeros((0, 4))) == 1
 

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from onnx import TensorProto
+from torch.nn.functional import scaled_dot_product_attention
 
-from quernstone.importers import Graph, read_onnx
+from quernstone.importers import Graph, Node, Value, read_onnx, write_onnx
 from tests.importers.tiny import TOLERANCE, check, close, model, node, normal, ops, oracle, write
 
 # name: nodes, inputs with their shapes, constants; the output is y.
@@ -297,6 +300,30 @@ def test_a_pattern_with_another_number_stays(tmp_path: Path) -> None:
     assert "hard_swish" not in ops(check(path, {"x": normal(2, 3, 4, 8)}))
 
 
+def test_a_pattern_of_two_tensors_that_are_one_elsewhere_stays(tmp_path: Path) -> None:
+    nodes = [node("Abs", "x", "z"), node("Sigmoid", "x", "a"), node("Mul", "z a", "y")]
+    path = write(model(nodes, {"x": (2, 3)}, {}), tmp_path / "a.onnx")
+    assert ops(check(path, {"x": normal(2, 3)})) == ["abs", "sigmoid", "mul"]
+
+
+@pytest.mark.parametrize(("t", "s"), [(4, 4), (2, 5), (1, 3)])
+def test_causal_attention_ends_where_the_keys_end(t: int, s: int, tmp_path: Path) -> None:
+    shapes = {"q": (2, 3, t, 4), "k": (2, 3, s, 4), "v": (2, 3, s, 4)}
+    inputs = {name: normal(*shape) for name, shape in shapes.items()}
+    graph = Graph(
+        (Node("a", "attention", tuple(shapes), ("y",), {"scale": 0.5, "causal": True}),),
+        tuple(Value(name, "float32", (None, 3, None, 4)) for name in shapes),
+        ("y",),
+        {},
+    )
+    q, k, v = (torch.from_numpy(array) for array in inputs.values())
+    seen = torch.arange(s) <= torch.arange(t)[:, None] + s - t
+    want = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.5).numpy()
+    close(graph, inputs, [want])
+    write_onnx(graph, tmp_path / "a.onnx")
+    np.testing.assert_allclose(oracle(tmp_path / "a.onnx", inputs)[0], want, **TOLERANCE)
+
+
 @pytest.mark.parametrize("scaled", ["before", "after", "divided", "never"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("turn", [(0, 1, 3, 2), (0, 2, 3, 1)])
@@ -338,8 +365,6 @@ def test_half_precision_weights_are_computed_in_fp32(tmp_path: Path) -> None:
 
 
 def test_weights_in_a_file_beside_are_read(tmp_path: Path) -> None:
-    import onnx
-
     weight = normal(40, 50)
     proto = model([node("MatMul", "x w", "y")], {"x": (3, 40)}, {"w": weight})
     path = tmp_path / "a.onnx"
@@ -366,8 +391,6 @@ def test_replaced_weights_are_in_the_file_that_is_written(tmp_path: Path) -> Non
     weight = normal(5, 4, seed=1)
     changed: Graph = graph.with_constants({"w": weight})
     again = tmp_path / "b.onnx"
-    from quernstone.importers import write_onnx
-
     write_onnx(changed, again)
     x = normal(3, 4)
     (got,) = oracle(again, {"x": x})

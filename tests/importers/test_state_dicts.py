@@ -121,6 +121,36 @@ def test_a_saved_state_dict_is_loaded_by_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(graph.run(inputs)["last_hidden_state"], want, **TOLERANCE)
 
 
+def test_a_gguf_file_gives_the_logits_of_the_model_that_transformers_reads_from_it(
+    tmp_path: Path,
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    model, ids = llama(hidden_size=48), sentences()["input_ids"]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_vocab_size(50)
+    writer.add_context_length(32)
+    writer.add_embedding_length(48)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(40)
+    writer.add_head_count(6)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500.0)
+    writer.add_rope_dimension_count(8)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, weight in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    other = transformers.LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf")
+    with torch.no_grad():
+        want = other(input_ids=ids).logits
+    got = read(tmp_path / "a.gguf").run({"input_ids": ids})["logits"]
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
 def test_tied_embeddings_are_one_constant() -> None:
     graph = graph_of(llama(tie_word_embeddings=True))
     assert graph["lm_head"].input("weight") == "model.embed_tokens.weight"
