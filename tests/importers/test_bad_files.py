@@ -37,6 +37,33 @@ def test_a_truncated_file(tmp_path: Path) -> None:
             read_onnx(path)
 
 
+def test_a_file_with_bytes_changed_is_read_or_refused(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "x w b", "c", pads=[1, 1, 1, 1]),
+        node("BatchNormalization", "c g g g g", "n"),
+        node("MaxPool", "n", "p", kernel_shape=[2, 2], strides=[2, 2]),
+        node("Shape", "p", "s"),
+        node("Slice", "s i j", "k"),
+        node("Concat", "k m", "t", axis=0),
+        node("Reshape", "p t", "f"),
+        node("Gemm", "f v", "y", transB=1),
+    ]
+    constants = {"w": normal(4, 3, 3, 3), "b": normal(4), "g": np.abs(normal(4))}
+    constants |= {"i": np.array([0]), "j": np.array([1]), "m": np.array([-1]), "v": normal(5, 64)}
+    whole = model(nodes, {"x": (2, 3, 8, 8)}, constants).SerializeToString()
+    path, random, refused = tmp_path / "a.onnx", np.random.default_rng(0), 0
+    for _ in range(200):
+        changed = bytearray(whole)
+        for at in random.integers(len(whole), size=3):
+            changed[at] = random.integers(256)
+        path.write_bytes(changed)
+        try:
+            read_onnx(path)
+        except ValueError:
+            refused += 1
+    assert 20 < refused < 180
+
+
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
     path.write_bytes(b"PK\x03\x04" + bytes(range(256)) * 4)
@@ -235,6 +262,8 @@ def test_safetensors_that_hold_no_graph(
         ("[]", "config.json: got no object"),
         (json.dumps({"model_type": "gpt2"}), "model_type: got 'gpt2', expected one of bert, llama"),
         (json.dumps({"model_type": "bert"}), "config: hidden_size is missing"),
+        (json.dumps({"model_type": "bert", "hidden_size": "8"}), "hidden_size is '8', expected a"),
+        (json.dumps({"model_type": "llama", "hidden_size": 0}), "hidden_size is 0, expected a num"),
     ],
 )
 def test_a_config_that_says_nothing_of_use(config: str, message: str, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def test_half_precision_becomes_fp32() -> None:
         ({"hidden_act": "relu"}, "hidden_act is 'relu', expected one of"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ({"hidden_size": 48}, r"word_embeddings.weight.*: got shape \(50, 24\), expected \(50, 48"),
+        ({"num_attention_heads": 5}, "hidden_size is 24, expected a multiple of 5"),
         ({"num_hidden_layers": 3}, r"'encoder.layer.2.attention.self.query.weight' is missing"),
     ],
 )

@@ -5,6 +5,7 @@ Axes: b batch, t tokens, h heads, g key heads, d head width, c channels, n what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,10 +61,20 @@ class _Builder:
         ).without_dead_ends()
 
     def setting(self, name: str, default: Any = None) -> Any:
+        """A number above 0."""
         value = self.config.get(name, default)
         if value is None:
             raise ValueError(f"config: {name} is missing")
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"config: {name} is {value!r}, expected a number above 0")
         return value
+
+    def whole(self, name: str, *divisors: int) -> None:
+        """Refuses a number of which a divisor is none."""
+        for divisor in divisors:
+            if self.setting(name) % divisor:
+                value = self.setting(name)
+                raise ValueError(f"config: {name} is {value}, expected a multiple of {divisor}")
 
     def only(self, name: str, *known: Any) -> None:
         """Refuses a setting that would need other nodes."""
@@ -124,6 +135,7 @@ def _bert(b: _Builder) -> None:
     c, layers = b.setting("hidden_size"), b.setting("num_hidden_layers")
     h, wide = b.setting("num_attention_heads"), b.setting("intermediate_size")
     eps = b.setting("layer_norm_eps", 1e-12)
+    b.whole("hidden_size", h)
     root = "bert." if any(name.startswith("bert.") for name in b.state) else ""
     b.inputs += [
         Value(name, "int64", _FREE) for name in ("input_ids", "attention_mask", "token_type_ids")
@@ -185,6 +197,9 @@ def _llama(b: _Builder) -> None:
     h, wide = b.setting("num_attention_heads"), b.setting("intermediate_size")
     g = b.setting("num_key_value_heads", h)
     d = b.config.get("head_dim") or c // h
+    b.whole("num_attention_heads", g)
+    if h > c:
+        raise ValueError(f"config: num_attention_heads is {h}, hidden_size is {c}")
     eps, vocabulary = b.setting("rms_norm_eps"), b.setting("vocab_size")
     rope = b.config.get("rope_parameters") or {}
     base = float(b.config.get("rope_theta") or rope.get("rope_theta") or 1e4)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quernstone.importers.graph import Graph, Node
+from quernstone.importers.graph import Graph, Node, evaluate
 
 
 class GraphModule(nn.Module):
@@ -79,19 +79,17 @@ class GraphModule(nn.Module):
         if isinstance(layer, nn.Linear):
             out: Tensor = layer(given[0])
             return out
-        from quernstone.importers.graph import evaluate
-
         roles = dict(self._roles(node))
         names = (node.input(role) for role in roles)
         put: dict[str | None, Any] = dict(zip(names, roles.values(), strict=True))
         inputs = [put.get(name, x) for name, x in zip(node.inputs, given, strict=True)]
-        return layer(node, evaluate, inputs)  # type: ignore[no-any-return]
+        return layer(node, inputs)  # type: ignore[no-any-return]
 
 
 class _Layer(nn.Module):
     """Holds a layer's parameters, and is where hooks of torch see it run."""
 
-    def forward(self, node: Node, evaluate: Any, inputs: Sequence[Tensor | None]) -> Any:
+    def forward(self, node: Node, inputs: Sequence[Tensor | None]) -> Any:
         made = evaluate(node, inputs)
         return made[0] if len(made) == 1 else tuple(made)
 

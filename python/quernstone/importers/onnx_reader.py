@@ -15,7 +15,7 @@ import numpy as np
 from quernstone.importers.folding import fold_constants, fold_node
 from quernstone.importers.fuse import fuse as fuse_graph
 from quernstone.importers.graph import Array, Graph, Node, check_weights
-from quernstone.importers.onnx_file import Model, OnnxNode, load
+from quernstone.importers.onnx_file import Model, OnnxNode, dtype_name, load
 
 # Of a whole number's type, what stands for "to the end".
 _END = np.iinfo(np.int64).max
@@ -77,6 +77,8 @@ class _Reader:
                 translate(self, node)
             except Unsupported as error:
                 refused.append(f"{op} ({node.name!r}: {error})")
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise ValueError(f"{op} {node.name!r}: malformed, {error!r}") from error
         if refused:
             raise Unsupported(f"not supported: {', '.join(refused)}")
         nodes = [
@@ -258,7 +260,10 @@ def _batch_norm(r: _Reader, n: OnnxNode) -> None:
     if n.attributes.get("training_mode", 0) or len([o for o in n.outputs if o]) > 1:
         raise Unsupported("training mode")
     gamma, beta, mean, variance = (r.number(n, i).astype(np.float64) for i in range(1, 5))
-    scale = gamma / np.sqrt(variance + n.attributes.get("epsilon", 1e-5))
+    variance = variance + n.attributes.get("epsilon", 1e-5)
+    if not (variance > 0).all():
+        raise ValueError(f"BatchNormalization {n.name!r}: a variance is not positive")
+    scale = gamma / np.sqrt(variance)
     rank = r.rank(n.inputs[0]) or 4
     channel = (-1,) + (1,) * (rank - 2)
     x = r.emit(n, "mul", [n.inputs[0], r.constant(n, "scale", scale.reshape(channel), np.float32)])
@@ -453,8 +458,6 @@ def _resize(r: _Reader, n: OnnxNode) -> None:
 
 
 def _cast(r: _Reader, n: OnnxNode) -> None:
-    from quernstone.importers.onnx_file import dtype_name
-
     r.emit(n, "cast", n.inputs[:1], n.outputs, dtype=dtype_name(n.attributes["to"]))
 
 
