@@ -156,6 +156,13 @@ def test_nodes_in_a_circle(tmp_path: Path) -> None:
         read_onnx(path)
 
 
+def test_names_in_a_circle(tmp_path: Path) -> None:
+    nodes = [node("Identity", "a", "b"), node("Identity", "b", "a"), node("Add", "x a", "y")]
+    path = write(model(nodes, {"x": (2, 3)}, {}), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=r"nodes in a circle: 'a' is made from itself"):
+        read_onnx(path)
+
+
 def test_every_operator_that_is_not_supported_is_named_with_its_node(tmp_path: Path) -> None:
     nodes = [
         node("Selu", "x", "a", name="third"),

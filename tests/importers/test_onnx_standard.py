@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from quernstone.importers import read_onnx
-from quernstone.importers.onnx_reader import TRANSLATE
+from quernstone.importers.onnx_operators import TRANSLATE
 
 Case = tuple[str, Any, list[NDArray[Any]], list[NDArray[Any]]]
 
