@@ -232,6 +232,11 @@ def test_a_penalty_that_is_no_number_is_refused() -> None:
             ValueError,
             "hessian: got a matrix that is not positive definite",
         ),
+        (
+            {"method": "gptq", "hessian": torch.eye(4) + torch.ones(4, 4).triu(1)},
+            ValueError,
+            "hessian: got a matrix that is not symmetric",
+        ),
         ({"method": "gptq", "hessian": [[1.0]]}, TypeError, "hessian: got list"),
         (
             {"method": "gptq", "hessian": torch.eye(4, dtype=torch.complex64)},

@@ -126,7 +126,7 @@ def _check(
         raise ValueError(f"weight.device: got {weight.device}, expected cpu")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight: got a number that is not finite, expected finite numbers")
-    if weight.numel() and float(weight.detach().abs().max()) > LARGEST_WEIGHT:
+    if _largest(weight) > LARGEST_WEIGHT:
         raise ValueError("weight: got a number above 2^125, expected none")
     if not isinstance(rounding, Rounding):
         raise TypeError(f"rounding: got {type(rounding).__name__}, expected a Rounding")
@@ -154,6 +154,13 @@ def _check(
         raise ValueError(f"hessian.shape: got {tuple(hessian.shape)}, expected {(inputs, inputs)}")
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("hessian: got a number that is not finite, expected finite numbers")
+    # Sums of products in another order differ by rounding, no more.
+    if not torch.allclose(hessian, hessian.T, rtol=1e-3, atol=1e-3 * _largest(hessian)):
+        raise ValueError("hessian: got a matrix that is not symmetric, expected one that is")
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.detach().abs().max()) if x.numel() else 0.0
 
 
 def _round_all(weight: Tensor, scheme: Scheme, rounding: Rounding, clips: int) -> QTensor:
