@@ -2,12 +2,13 @@
 
 `experts` computes them from packed weights, `file` keeps those; `cost` knows what one costs, and
 `schedule` what is computed where; `cache` and `slots` which ones stay on the GPU, `gating` which
-are not needed; `routing` and `trace` what a model's routers choose, `replay` and `simulate` what a
+are not needed; `runtime` runs them, on the CPU and on `devices`; `routing` and `trace` what a model's routers choose, `replay` and `simulate` what a
 cache and a schedule would have made of it.
 """
 
 from quernstone.moe import reference, reference_schedule
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
+from quernstone.moe.devices import Device, Work
 from quernstone.moe.experts import Experts, ExpertsShape, route
 from quernstone.moe.file import ExpertsWriter, Memory, load_experts, save_experts
 from quernstone.moe.gating import (
@@ -19,6 +20,7 @@ from quernstone.moe.gating import (
 )
 from quernstone.moe.replay import HitCurve, gap_closed, replay
 from quernstone.moe.routing import moe_blocks, prediction_accuracy, record_routing
+from quernstone.moe.runtime import HybridMoE, Runtime
 from quernstone.moe.schedule import (
     Kept,
     Layer,
@@ -38,10 +40,12 @@ __all__ = [
     "AdaptiveGating",
     "CostModel",
     "Curve",
+    "Device",
     "Experts",
     "ExpertsShape",
     "ExpertsWriter",
     "HitCurve",
+    "HybridMoE",
     "Kept",
     "Layer",
     "LayerUse",
@@ -49,8 +53,10 @@ __all__ = [
     "ModelShape",
     "Policy",
     "Prefetch",
+    "Runtime",
     "Schedule",
     "Trace",
+    "Work",
     "allocate_slots",
     "cancel",
     "drop_experts",
