@@ -2,8 +2,9 @@
 
 `experts` computes them from packed weights, `file` keeps those; `cost` knows what one costs, and
 `schedule` what is computed where; `cache` and `slots` which ones stay on the GPU, `gating` which
-are not needed; `runtime` runs them, on the CPU and on `devices`; `routing` and `trace` what a model's routers choose, `replay` and `simulate` what a
-cache and a schedule would have made of it.
+are not needed; `runtime` runs them, on the CPU and on one of `devices`. `routing` and `trace` know
+what a model's routers choose, `replay` and `simulate` what a cache and a schedule would have made
+of it.
 """
 
 from quernstone.moe import reference, reference_schedule

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -61,7 +61,8 @@ class Runtime:
     ) -> None:
         if not layers:
             raise ValueError("layers: got none, expected one at least")
-        for name, experts in layers.items():
+        given: Mapping[str, Any] = layers
+        for name, experts in given.items():
             if not isinstance(experts, Experts):
                 got = type(experts).__name__
                 raise TypeError(f"layers[{name!r}]: got {got}, expected Experts")
@@ -94,7 +95,7 @@ class Runtime:
         return self._modules[name]
 
     def set_router(self, name: str, router: Router) -> None:
-        """Tells the router of a layer, which prefetching asks about hidden states of earlier ones."""
+        """Tells the router of a layer: prefetching asks it about hidden states of earlier ones."""
         self.layer(name)
 
     def close(self) -> None:
