@@ -61,8 +61,16 @@ class Device(Protocol):
         """
         ...
 
+    def begin(self) -> None:
+        """A step begins: work will come soon, and `collect` ends it."""
+        ...
+
     def load(self, layer: int, expert: int, slot: int) -> None:
         """Queues the copy of an expert's packed weights into a slot."""
+        ...
+
+    def cancel(self, layer: int, slot: int) -> bool:
+        """Takes the last load of a slot back if it has not begun; whether it was taken back."""
         ...
 
     def compute(self, layer: int, x: Tensor, work: Sequence[Work]) -> None:
