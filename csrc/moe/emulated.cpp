@@ -183,8 +183,8 @@ Status EmulatedDevice::perform(const LoadJob& job) {
         std::memcpy(job.slot->data + at, from + at,
                     static_cast<std::size_t>(std::min(kCopy, size - at)));
     }
-    const double end = std::max({bus_free_, job.issued, job.slot->left}) + job.seconds;
-    bus_free_ = settle(bus_, begun, end, {true, job.layer, job.expert});
+    const double free = std::max({bus_free_, job.issued, job.slot->left});
+    bus_free_ = settle(bus_, free, job.seconds, {true, job.layer, job.expert, begun});
     job.slot->arrival = bus_free_;
     return {};
 }
@@ -210,21 +210,21 @@ Status EmulatedDevice::perform(const ComputeJob& job) {
                            {rows_.data() + job.first * hidden_, {count, hidden_}, {hidden_, 1}},
                            compute_};
     QS_TRY(forward(one, args, 1));
-    const double end = std::max({gpu_free_, job.issued, job.slot->arrival}) + job.seconds;
-    gpu_free_ = settle(gpu_, begun, end, {false, job.layer, job.expert});
+    const double free = std::max({gpu_free_, job.issued, job.slot->arrival});
+    gpu_free_ = settle(gpu_, free, job.seconds, {false, job.layer, job.expert, begun});
     job.slot->left = gpu_free_;
     return {};
 }
 
-double EmulatedDevice::settle(const Worker& worker, double begun, double end, Record record) {
+double EmulatedDevice::settle(const Worker& worker, double free, double seconds, Record record) {
     const double ready = seconds_of(Clock::now());
+    double end = free + seconds;
     if (ready > end) {
-        late_.fetch_add(1);
+        late_.fetch_add(seconds > 0.0 ? 1 : 0);
         end = ready;
     } else {
         worker.sleep_until(time_of(end));
     }
-    record.start = begun;
     record.end = seconds_of(Clock::now());
     const std::lock_guard lock(mutex_);
     records_.push_back(record);

@@ -94,7 +94,7 @@ class EmulatedDevice {
     [[nodiscard]] Status perform(const LoadJob& job);
     [[nodiscard]] Status perform(const ComputeJob& job);
     // Waits until the worker's time is up, notes what was done, and gives the emulated end.
-    double settle(const Worker& worker, double begun, double end, Record record);
+    double settle(const Worker& worker, double free, double seconds, Record record);
 
     struct Free {
         void operator()(std::byte* p) const noexcept;

@@ -9,7 +9,7 @@ of it.
 
 from quernstone.moe import reference, reference_schedule
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
-from quernstone.moe.devices import Device, Work
+from quernstone.moe.devices import Device, EmulatedDevice, Work
 from quernstone.moe.experts import Experts, ExpertsShape, route
 from quernstone.moe.file import ExpertsWriter, Memory, load_experts, save_experts
 from quernstone.moe.gating import (
@@ -42,6 +42,7 @@ __all__ = [
     "CostModel",
     "Curve",
     "Device",
+    "EmulatedDevice",
     "Experts",
     "ExpertsShape",
     "ExpertsWriter",
