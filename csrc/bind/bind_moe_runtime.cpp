@@ -281,8 +281,6 @@ class Emulated {
     std::vector<Array<std::uint8_t>> kept_;
 };
 
-}  // namespace
-
 // Seconds of each round trip to a worker that is parked when its task is posted.
 std::vector<double> seconds_of_round_trips(std::int64_t count) {
     Worker worker;
@@ -297,54 +295,57 @@ std::vector<double> seconds_of_round_trips(std::int64_t count) {
     return found;
 }
 
-m.def("seconds_of_round_trips", &seconds_of_round_trips, py::arg("count"),
-      py::call_guard<py::gil_scoped_release>(), "To a worker that is parked, each by itself.");
+}  // namespace
 
-py::class_<Runtime>(m, "Runtime", "Plans steps and computes the CPU's share of them.")
-    .def(py::init<const std::vector<std::pair<std::int64_t, std::int64_t>>&, std::int64_t,
-                  const Curve&, const Curve&, double, double, const std::string&,
-                  const std::string&>(),
-         py::arg("layers"), py::arg("staging"), py::arg("cpu"), py::arg("gpu"),
-         py::arg("cpu_first"), py::arg("transfer"), py::arg("policy"), py::arg("cache"))
-    .def("plan", &Runtime::plan, py::arg("layer"), py::arg("ids").noconvert(),
-         py::arg("weights").noconvert(), py::arg("scores").noconvert().none(true), py::arg("now"),
-         "Commands for the device: (load, expert, slot, tokens).")
-    .def("look_ahead", &Runtime::look_ahead, py::arg("guesses"), "(layer, expert, slot)")
-    .def("needless", &Runtime::needless, py::arg("layer"), py::arg("ids").noconvert(),
-         py::arg("now"), "(layer, expert, slot)")
-    .def("cancelled", &Runtime::cancelled, py::arg("layer"), py::arg("expert"), py::arg("slot"))
-    .def("compute", &Runtime::compute, py::arg("layout"), py::arg("packed").noconvert(),
-         py::arg("x").noconvert(), py::arg("compute"), py::arg("paced"))
-    .def("combine", &Runtime::combine, py::arg("rows").noconvert().none(true),
-         py::arg("out").noconvert())
-    .def("finish", &Runtime::finish)
-    .def("place", &Runtime::place, py::arg("layer"), py::arg("expert"))
-    .def("clear", &Runtime::clear, py::arg("layer"))
-    .def("resident", &Runtime::resident, py::arg("layer"))
-    .def("predicted", &Runtime::predicted)
-    .def("spans", &Runtime::spans)
-    .def("right_share", &Runtime::right_share, py::arg("distance"))
-    .def_property_readonly("makespan", &Runtime::makespan)
-    .def_property_readonly("hits", &Runtime::hits)
-    .def_property_readonly("active", &Runtime::active)
-    .def_property_readonly("on_cpu", &Runtime::on_cpu)
-    .def_property_readonly("on_device", &Runtime::on_device);
+void register_moe_runtime(py::module_& m) {
+    m.def("seconds_of_round_trips", &seconds_of_round_trips, py::arg("count"),
+          py::call_guard<py::gil_scoped_release>(), "To a worker that is parked, each by itself.");
 
-py::class_<Emulated>(m, "EmulatedDevice", "Two workers that copy and compute, and wait.")
-    .def(py::init<const std::vector<std::pair<moe::Experts, Array<std::uint8_t>>>&,
-                  const std::vector<std::int64_t>&, std::int64_t, const std::string&>(),
-         py::arg("layers"), py::arg("slots"), py::arg("staging"), py::arg("compute"))
-    .def("begin", [](Emulated& self) { self.device_.begin_step(); })
-    .def("load", &Emulated::load, py::arg("layer"), py::arg("expert"), py::arg("slot"),
-         py::arg("seconds"))
-    .def("cancel", [](Emulated& self, std::int64_t layer,
-                      std::int64_t slot) { return self.device_.cancel(layer, slot); })
-    .def("compute", &Emulated::compute, py::arg("layer"), py::arg("expert"), py::arg("slot"),
-         py::arg("x").noconvert(), py::arg("tokens").noconvert(), py::arg("seconds"))
-    .def("collect", &Emulated::collect)
-    .def("abort", &Emulated::abort)
-    .def("times", &Emulated::times)
-    .def_property_readonly("late", [](const Emulated& self) { return self.device_.late(); });
+    py::class_<Runtime>(m, "Runtime", "Plans steps and computes the CPU's share of them.")
+        .def(py::init<const std::vector<std::pair<std::int64_t, std::int64_t>>&, std::int64_t,
+                      const Curve&, const Curve&, double, double, const std::string&,
+                      const std::string&>(),
+             py::arg("layers"), py::arg("staging"), py::arg("cpu"), py::arg("gpu"),
+             py::arg("cpu_first"), py::arg("transfer"), py::arg("policy"), py::arg("cache"))
+        .def("plan", &Runtime::plan, py::arg("layer"), py::arg("ids").noconvert(),
+             py::arg("weights").noconvert(), py::arg("scores").noconvert().none(true),
+             py::arg("now"), "Commands for the device: (load, expert, slot, tokens).")
+        .def("look_ahead", &Runtime::look_ahead, py::arg("guesses"), "(layer, expert, slot)")
+        .def("needless", &Runtime::needless, py::arg("layer"), py::arg("ids").noconvert(),
+             py::arg("now"), "(layer, expert, slot)")
+        .def("cancelled", &Runtime::cancelled, py::arg("layer"), py::arg("expert"), py::arg("slot"))
+        .def("compute", &Runtime::compute, py::arg("layout"), py::arg("packed").noconvert(),
+             py::arg("x").noconvert(), py::arg("compute"), py::arg("paced"))
+        .def("combine", &Runtime::combine, py::arg("rows").noconvert().none(true),
+             py::arg("out").noconvert())
+        .def("finish", &Runtime::finish)
+        .def("place", &Runtime::place, py::arg("layer"), py::arg("expert"))
+        .def("clear", &Runtime::clear, py::arg("layer"))
+        .def("resident", &Runtime::resident, py::arg("layer"))
+        .def("predicted", &Runtime::predicted)
+        .def("spans", &Runtime::spans)
+        .def("right_share", &Runtime::right_share, py::arg("distance"))
+        .def_property_readonly("makespan", &Runtime::makespan)
+        .def_property_readonly("hits", &Runtime::hits)
+        .def_property_readonly("active", &Runtime::active)
+        .def_property_readonly("on_cpu", &Runtime::on_cpu)
+        .def_property_readonly("on_device", &Runtime::on_device);
+
+    py::class_<Emulated>(m, "EmulatedDevice", "Two workers that copy and compute, and wait.")
+        .def(py::init<const std::vector<std::pair<moe::Experts, Array<std::uint8_t>>>&,
+                      const std::vector<std::int64_t>&, std::int64_t, const std::string&>(),
+             py::arg("layers"), py::arg("slots"), py::arg("staging"), py::arg("compute"))
+        .def("begin", [](Emulated& self) { self.device_.begin_step(); })
+        .def("load", &Emulated::load, py::arg("layer"), py::arg("expert"), py::arg("slot"),
+             py::arg("seconds"))
+        .def("cancel", [](Emulated& self, std::int64_t layer,
+                          std::int64_t slot) { return self.device_.cancel(layer, slot); })
+        .def("compute", &Emulated::compute, py::arg("layer"), py::arg("expert"), py::arg("slot"),
+             py::arg("x").noconvert(), py::arg("tokens").noconvert(), py::arg("seconds"))
+        .def("collect", &Emulated::collect)
+        .def("abort", &Emulated::abort)
+        .def("times", &Emulated::times)
+        .def_property_readonly("late", [](const Emulated& self) { return self.device_.late(); });
 }
 
 }  // namespace quernstone::bind
