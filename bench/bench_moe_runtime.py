@@ -274,7 +274,7 @@ def bench_overhead_of_device(case: Named, measure: Measure) -> None:
     core = core_alone(experts, call)
     shape = ExpertsShape(64, 2048, 1408)
     costs = replace(EmulatedDevice("a6000-xeon10").costs(shape), cpu_first=0.0)
-    device = EmulatedDevice(costs, factor=1e-9)
+    device = EmulatedDevice(costs, factor=1e-4)
     trips: list[float] = []
 
     def compute() -> Spread:
