@@ -21,6 +21,8 @@ const Kernels& active_kernels() noexcept {
             return avx512::kKernels;
         case Isa::kAvx512Bf16Vnni:
             return avx512_bf16_vnni::kKernels;
+        case Isa::kAvx512Amx:
+            return avx512_amx::kKernels;
     }
 #endif
     return baseline::kKernels;
