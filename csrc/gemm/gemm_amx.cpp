@@ -15,7 +15,7 @@ constexpr std::int64_t kGroupBytes = 32 * kRows;  // a group of a block's codes 
 constexpr int kRun = 16;                          // groups that are expanded together
 constexpr std::int64_t kMany = 64;                // tokens that one expansion serves
 // Below so many tokens the rows of a tile that stay empty cost more than the VNNI level takes.
-constexpr std::int64_t kFew = 6;
+constexpr std::int64_t kFew = 9;
 
 // The intrinsics want their registers as literals. Sums in 0 and 1, tokens in 2, weights in 3; 4 to 6
 // are 0 to 2 with the rows of the last, shorter tile.
