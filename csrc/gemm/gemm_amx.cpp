@@ -193,6 +193,7 @@ template <bool kLast, bool kOdd>
         QS_MULTIPLY(0, 2, x, w, a.stride);
     }
 }
+#undef QS_MULTIPLY
 
 template <bool kLast, bool kOdd>
 [[gnu::always_inline]] inline void put_down(std::int32_t* to) {
@@ -225,8 +226,9 @@ template <bool kGroupScales>
     });
 }
 
-// Adds a run of groups to the sums of a tile. Scaling takes longer than multiplying: both are under
-// way at once, by two groups in turn.
+// Adds a run of groups to the sums of a tile. While one group is multiplied, the one before it is put
+// down and the one before that is scaled: a store that waited for its product would fill the
+// processor's queue of stores.
 template <bool kLast, bool kGroupScales>
 inline void add_run(const TileArgs& a, Ahead& ahead) {
     alignas(64) std::int32_t products[2][kTileBytes / 4];
@@ -238,25 +240,27 @@ inline void add_run(const TileArgs& a, Ahead& ahead) {
         sum = a.first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(there(t), a.out + t * kRows);
     });
     multiply<kLast, false>(a, 0);
+    if (a.groups > 1) {
+        multiply<kLast, true>(a, 1);
+    }
     put_down<kLast, false>(products[0]);
-    int g = 0;
-    for (; g + 2 < a.groups; g += 2) {
-        multiply<kLast, true>(a, g + 1);
+    int g = 1;
+    for (; g + 1 < a.groups; g += 2) {
+        multiply<kLast, false>(a, g + 1);
         ahead.fetch();
-        scale<kGroupScales>(a, g, products[0], sums);
+        scale<kGroupScales>(a, g - 1, products[0], sums);
         put_down<kLast, true>(products[1]);
-        multiply<kLast, false>(a, g + 2);
+        if (g + 2 < a.groups) {
+            multiply<kLast, true>(a, g + 2);
+        }
         ahead.fetch();
-        scale<kGroupScales>(a, g + 1, products[1], sums);
+        scale<kGroupScales>(a, g, products[1], sums);
         put_down<kLast, false>(products[0]);
     }
-    if (g + 1 < a.groups) {
-        multiply<kLast, true>(a, g + 1);
+    scale<kGroupScales>(a, g - 1, products[0], sums);
+    if (g < a.groups) {
         put_down<kLast, true>(products[1]);
-    }
-    scale<kGroupScales>(a, g, products[0], sums);
-    if (g + 1 < a.groups) {
-        scale<kGroupScales>(a, g + 1, products[1], sums);
+        scale<kGroupScales>(a, g, products[1], sums);
     }
     sums.each([&](auto t, __m512& sum) __attribute__((always_inline)) {
         _mm512_mask_storeu_ps(a.out + t * kRows, there(t), sum);
