@@ -423,7 +423,7 @@ class HybridMoE(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._call = bind_experts(self.experts)
         self._file = _mapping(self.experts)
 
