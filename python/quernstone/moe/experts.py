@@ -5,10 +5,8 @@ Axes: t tokens, c choices of a token, e experts, m hidden (model) width, f feed-
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,12 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quernstone import _core
-from quernstone.quant import QTensor, Scheme, quantize
+from quernstone.quant import QTensor, Scheme
+from quernstone.quant.linear import Compute as Compute
+from quernstone.quant.linear import Format as Format
+from quernstone.quant.linear import (
+    MatrixShape,
+    allocate_bytes,
+    check_compute,
+    pack_into,
+    scheme_of,
+)
 
-Format = Literal["bf16", "int8", "int4"]
-Compute = Literal["float", "int8"]
-
-_HUGE_PAGE = 1 << 21
 _ALIGN = 64
 
 
@@ -83,12 +86,8 @@ class ExpertsShape:
     @property
     def scheme(self) -> Scheme | None:
         """The quantiser whose codes are stored; None for bf16."""
-        if self.format == "bf16":
-            return None
-        if self.format == "int8":
-            return Scheme(8)
-        return Scheme(
-            4, not self.zero_points, "group", self.group, "bf16", full_range=not self.zero_points
+        return scheme_of(
+            MatrixShape(self.intermediate, self.hidden, self.format, self.group, self.zero_points)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,12 +251,7 @@ class Experts:
                 raise ValueError(f"{name}.device: got {value.device}, expected cpu")
             if value.ndim != 2:
                 raise ValueError(f"{name}.ndim: got {value.ndim}, expected 2")
-        if compute is None:
-            compute = "float" if self.shape.format == "bf16" else "int8"
-        elif compute not in get_args(Compute):
-            raise ValueError(f"compute: got {compute!r}, expected one of {get_args(Compute)}")
-        elif compute == "int8" and self.shape.format == "bf16":
-            raise ValueError("compute: got 'int8' with bf16 weights, expected 'float'")
+        compute = check_compute(compute, self.shape.format)
         rows = x.detach().float()
         if rows.stride(1) != 1:
             rows = rows.contiguous()
@@ -280,36 +274,10 @@ class Experts:
     def _packed(
         self, name: str, matrix: Tensor | QTensor, want: tuple[int, int], clips: int
     ) -> NDArray[np.uint8]:
-        if not isinstance(matrix, (Tensor, QTensor)):
-            raise TypeError(f"{name}: got {type(matrix).__name__}, expected a Tensor or QTensor")
-        if tuple(matrix.shape) != want:
-            raise ValueError(f"{name}.shape: got {tuple(matrix.shape)}, expected {want}")
-        layout = self._matrix(*want)
-        out = allocate_bytes(layout.bytes, huge_pages=False)
-        scheme = self.shape.scheme
-        if scheme is None:
-            if isinstance(matrix, QTensor):
-                raise TypeError(f"{name}: got a QTensor, expected a Tensor for bf16")
-            if not matrix.is_floating_point():
-                raise TypeError(
-                    f"{name}.dtype: got {matrix.dtype}, expected a floating-point dtype"
-                )
-            if matrix.device.type != "cpu":
-                raise ValueError(f"{name}.device: got {matrix.device}, expected cpu")
-            rounded = matrix.detach().bfloat16()
-            if not bool(torch.isfinite(rounded).all()):
-                raise ValueError(f"{name}: got a weight that is not finite in bf16, expected none")
-            bits = rounded.contiguous().view(torch.int16).numpy().view(np.uint16)
-            _core.pack_bf16(layout, bits, out)
-            return out
-        made = matrix if isinstance(matrix, QTensor) else quantize(matrix, scheme, clips=clips)
-        if made.scheme != scheme:
-            raise ValueError(f"{name}.scheme: got {made.scheme}, expected {scheme}")
-        zeros = None if made.zero_points is None else made.zero_points.numpy()
-        # Nibbles are stored without a sign, bytes with it.
-        bias = 8 if self.shape.format == "int4" and scheme.symmetric else 0
-        codes = (made.codes() + bias).to(torch.int8)
-        _core.pack_codes(layout, codes.numpy(), made.scales.numpy(), zeros, out)
+        of = self.shape
+        shape = MatrixShape(*want, of.format, of.group, of.zero_points)
+        out = allocate_bytes(shape.nbytes, huge_pages=False)
+        pack_into(name, matrix, shape, out, clips=clips)
         return out
 
     def _unpacked(self, rows: int, inputs: int, data: NDArray[np.uint8]) -> Tensor:
@@ -325,19 +293,6 @@ def _restored(shape: ExpertsShape, data: NDArray[np.uint8]) -> Experts:
     experts = Experts.empty(shape)
     experts.data[:] = data
     return experts
-
-
-def allocate_bytes(size: int, *, huge_pages: bool) -> NDArray[np.uint8]:
-    """Zeros at an address divisible by 64, or in pages of 2 MiB where the system gives such."""
-    if not huge_pages or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = np.zeros(size + _ALIGN, np.uint8)
-        return memory[-memory.ctypes.data % _ALIGN :][:size]
-    room = mmap.mmap(-1, size + _HUGE_PAGE)
-    pages = np.frombuffer(room, np.uint8)
-    skip = -pages.ctypes.data % _HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel without them
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return pages[skip : skip + size]
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool = True) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quernstone._files import replacing
-from quernstone.moe.experts import Experts, ExpertsShape, allocate_bytes
+from quernstone.moe.experts import Experts, ExpertsShape
+from quernstone.quant.linear import allocate_bytes
 
 Memory = Literal["map", "copy", "huge"]
 """`map`: the file itself, read as it is used, shared by processes. `copy`: into memory. `huge`:
