@@ -6,7 +6,6 @@ k choices of a token, n shared experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,6 @@ from torch import Tensor, nn
 from quernstone.moe.experts import Experts, ExpertsShape, Format
 from quernstone.moe.gating import AdaptiveGating
 from quernstone.moe.routing import routed
-
-Layer = Callable[..., Tensor]
-"""layer(x, ids, weights): the weighted sum of a token's experts, as `Experts` has it."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -102,11 +97,12 @@ class PackedBlock(nn.Module):
     Args:
         name: of the block in its model.
         router: returns (logits [t, e], weights [t, k], ids [t, k]).
-        layer: computes the experts, the shared ones numbered from `count` on.
+        layer: of a `Runtime`; the shared experts are numbered from `count` on.
         count: e, of the routed experts.
         shared: n.
         shared_gate: a linear layer whose sigmoid weighs the shared experts (Qwen2-MoE), or None.
         gating: drops experts, or None.
+        scores: whether the layer is told the router's softmax, which some caches go by.
     """
 
     def __init__(
@@ -119,9 +115,11 @@ class PackedBlock(nn.Module):
         shared: int = 0,
         shared_gate: nn.Module | None = None,
         gating: AdaptiveGating | None = None,
+        scores: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.count, self.shared, self.gating = name, count, shared, gating
+        self.scores = scores
         # `gate` and `experts`: what `moe_blocks` knows a block by.
         self.gate = router
         self.experts = layer
@@ -134,10 +132,18 @@ class PackedBlock(nn.Module):
         """[b, s, m] or [t, m] to the same shape; no gradient passes."""
         shape = hidden_states.shape
         rows = hidden_states.reshape(-1, shape[-1])
-        _, weights, ids = routed(self.name, self.gate(rows))
+        logits, weights, ids = routed(self.name, self.gate(rows))
         ids, weights = self.choose(ids, weights.float(), rows)
-        out: Tensor = self.experts(rows, ids, weights)
+        scores = self._scored(logits) if self.scores else None
+        out: Tensor = self.experts(rows, ids, weights, scores)
         return out.view(shape)
+
+    def predict(self, rows: Tensor) -> Tensor:
+        """[t, e + n]: the softmax of the router of hidden states, 1 for the shared experts."""
+        return self._scored(routed(self.name, self.gate(rows))[0])
+
+    def _scored(self, logits: Tensor) -> Tensor:
+        return nn.functional.pad(logits.float().softmax(-1), (0, self.shared), value=1.0)
 
     def choose(self, ids: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What the experts take, [t, k + n]: gated, without those of weight 0, and the shared."""

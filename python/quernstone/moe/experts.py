@@ -101,14 +101,18 @@ class Experts:
         shape: of the layer.
         data: [shape.nbytes] uint8, packed experts, at an address divisible by 64. It is kept, not
             copied.
+        compute: what a call that names none uses, see `__call__`.
 
     Raises:
         ValueError, TypeError: `data` is something else.
     """
 
-    def __init__(self, shape: ExpertsShape, data: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, shape: ExpertsShape, data: NDArray[np.uint8], compute: Compute | None = None
+    ) -> None:
         self.shape = shape
         self.data = data
+        self.compute = check_compute(compute, shape.format)
         self._layout = shape.layout()
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             got = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
@@ -118,9 +122,9 @@ class Experts:
         if data.ctypes.data % _ALIGN:
             raise ValueError("data: got memory that is not aligned, expected 64 bytes")
 
-    def __reduce__(self) -> tuple[Any, tuple[ExpertsShape, NDArray[np.uint8]]]:
+    def __reduce__(self) -> tuple[Any, tuple[ExpertsShape, NDArray[np.uint8], Compute]]:
         # The bytes that come back have to be aligned again.
-        return _restored, (self.shape, self.data)
+        return _restored, (self.shape, self.data, self.compute)
 
     @classmethod
     def empty(cls, shape: ExpertsShape, *, huge_pages: bool = True) -> Experts:
@@ -225,7 +229,8 @@ class Experts:
             ids: [t, c] int64, the experts of a token, none twice; -1 is none here.
             weights: [t, c] fp32, what each counts, finite.
             compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. None is
-                "int8" for int8 and int4 weights, and "float" for bf16, which has no other.
+                `self.compute`, unless told otherwise "int8" for int8 and int4 weights, and "float"
+                for bf16, which has no other.
 
         Returns:
             [t, m] in the dtype of x.
@@ -251,7 +256,7 @@ class Experts:
                 raise ValueError(f"{name}.device: got {value.device}, expected cpu")
             if value.ndim != 2:
                 raise ValueError(f"{name}.ndim: got {value.ndim}, expected 2")
-        compute = check_compute(compute, self.shape.format)
+        how = self.compute if compute is None else check_compute(compute, self.shape.format)
         rows = x.detach().float()
         if rows.stride(1) != 1:
             rows = rows.contiguous()
@@ -262,7 +267,7 @@ class Experts:
             rows.numpy(),
             ids.numpy(),
             weights.detach().numpy(),
-            compute,
+            how,
             out.numpy(),
         )
         return out.to(x.dtype)
@@ -289,9 +294,10 @@ class Experts:
         return out
 
 
-def _restored(shape: ExpertsShape, data: NDArray[np.uint8]) -> Experts:
+def _restored(shape: ExpertsShape, data: NDArray[np.uint8], compute: Compute) -> Experts:
     experts = Experts.empty(shape)
     experts.data[:] = data
+    experts.compute = compute
     return experts
 
 
