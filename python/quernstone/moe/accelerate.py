@@ -5,6 +5,7 @@ Axes: t tokens, m hidden width, e experts, k choices of a token, n shared expert
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -78,12 +79,24 @@ class Packing:
         zeros = self.zero_points and self.format == "int4"
         return source.pack(self.format, group, zeros, self.clips)
 
-    def matrix(self, name: str, weight: Tensor) -> PackedMatrix:
+    def matrices(self, weights: Mapping[str, Tensor]) -> dict[str, PackedMatrix]:
+        """Matrices behind one another in memory, of inputs that are the same.
+
+        Args:
+            weights: [., k] by name; all but the last have whole blocks of 16 outputs.
+        """
         assert self.linear is not None
-        shape = self.matrix_shape(weight.shape[0], weight.shape[1], self.linear)
-        room = allocate_bytes(shape.nbytes, huge_pages=True)
-        pack_into(name, weight, shape, room, clips=self.clips)
-        return PackedMatrix(shape, room)
+        rows = [len(weight) for weight in weights.values()]
+        inputs = next(iter(weights.values())).shape[1]
+        shape = self.matrix_shape(sum(rows), inputs, self.linear)
+        whole = PackedMatrix(shape, allocate_bytes(shape.nbytes, huge_pages=True))
+        made, begin = {}, 0
+        for (name, weight), count in zip(weights.items(), rows, strict=True):
+            part = whole.rows(begin, begin + count)
+            pack_into(f"{name}.weight", weight, part.shape, part.data, clips=self.clips)
+            made[name] = part
+            begin += count
+        return made
 
 
 @dataclass
@@ -196,8 +209,11 @@ def accelerate(
         _empty(block.experts)
     matrices = {}
     if packing.linear is not None:
-        for name, layer in linears_of(model).items():
-            matrices[name] = packing.matrix(f"{name}.weight", layer.weight.detach())
+        layers = linears_of(model)
+        for names in together(layers):
+            matrices.update(
+                packing.matrices({name: layers[name].weight.detach() for name in names})
+            )
     return install(
         model,
         experts,
@@ -266,10 +282,79 @@ def install(
         register_with_transformers()
         chosen: Any = model
         chosen.set_attn_implementation("quernstone")
-    handle = Acceleration(made, dict(experts), blocks, linears, gating)
     changed: Any = model
-    changed.quernstone = handle
+    changed.quernstone = Acceleration(made, dict(experts), blocks, linears, gating)
+    _change_class(changed)
     return model
+
+
+def _change_class(model: Any) -> None:
+    """Steps through the compiled decoder where there is one, and no saving of half a model."""
+    from quernstone.moe import decoder
+
+    kind = type(model)
+    handle = model.quernstone
+    steps = decoder.Decoder(model) if decoder.unsupported(model) is None else None
+    handle.compiled = steps is not None
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("model: got an accelerated one, expected a checkpoint for `moe pack`")
+
+    methods: dict[str, Any] = {"save_pretrained": save_pretrained, "__module__": kind.__module__}
+    if steps is not None:
+        methods["forward"] = _forward(kind, steps)
+    # The signature is what generate() asks a model for.
+    model.__class__ = type(kind.__name__, (kind,), methods)
+
+
+def _forward(kind: Any, steps: Any) -> Any:
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    @functools.wraps(kind.forward)
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: Any = 0,
+        **kwargs: Any,
+    ) -> Any:
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        cache = past_key_values
+        if use_cache and cache is None:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=self.config)
+        others = {
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_router_logits": output_router_logits,
+            **kwargs,
+        }
+        if steps.takes(input_ids, cache, attention_mask, position_ids, logits_to_keep, others):
+            logits = steps(input_ids, cache, logits_to_keep)
+            return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return kind.forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    return forward
 
 
 def check_model(model: nn.Module) -> None:
@@ -317,6 +402,20 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and not name.startswith(inside)
     }
+
+
+def together(layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+    """Names of linear layers; queries, keys and values of a layer, where they can, in one list."""
+    lists: list[list[str]] = []
+    for name in layers:
+        parent, _, leaf = name.rpartition(".")
+        of = [f"{parent}.{part}" for part in _QKV]
+        fits = all(part in layers and not layers[part].out_features % _ROWS for part in of)
+        if leaf not in _QKV or not fits:
+            lists.append([name])
+        elif leaf == _QKV[0]:
+            lists.append(of)
+    return lists
 
 
 def _check_gating(gating: AdaptiveGating | None, blocks: Sequence[MoeBlock]) -> None:

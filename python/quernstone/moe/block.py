@@ -140,7 +140,8 @@ class PackedBlock(nn.Module):
 
     def predict(self, rows: Tensor) -> Tensor:
         """[t, e + n]: the softmax of the router of hidden states, 1 for the shared experts."""
-        return self._scored(routed(self.name, self.gate(rows))[0])
+        router: Any = self.gate
+        return self._scored(routed(self.name, router(rows.to(router.weight.dtype)))[0])
 
     def _scored(self, logits: Tensor) -> Tensor:
         return nn.functional.pad(logits.float().softmax(-1), (0, self.shared), value=1.0)

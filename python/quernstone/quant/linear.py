@@ -25,6 +25,7 @@ Compute = Literal["float", "int8"]
 
 _HUGE_PAGE = 1 << 21
 _ALIGN = 64
+_ROWS = 16  # of a block
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class PackedMatrix:
         self.shape = shape
         self.data = data
         self.layout = shape.layout()
+        self.whole: PackedMatrix | None = None
+        """The matrix of which this is a run of rows, see `rows`."""
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             got = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
             raise TypeError(f"data: got {got}, expected an array of uint8")
@@ -143,6 +146,24 @@ class PackedMatrix:
         room = allocate_bytes(shape.nbytes, huge_pages=True)
         pack_into("weight", weight, shape, room, clips=clips)
         return cls(shape, room)
+
+    def rows(self, begin: int, end: int) -> PackedMatrix:
+        """Outputs begin to end as a matrix of its own in the same memory.
+
+        Raises:
+            ValueError: no such rows, or they begin or end within a block of 16.
+        """
+        shape = self.shape
+        if not 0 <= begin < end <= shape.outputs:
+            raise ValueError(f"rows: got {begin} to {end}, expected some of {shape.outputs}")
+        if begin % _ROWS or (end % _ROWS and end != shape.outputs):
+            raise ValueError(f"rows: got {begin} to {end}, expected whole blocks of {_ROWS}")
+        of_block = shape.nbytes // -(-shape.outputs // _ROWS)
+        part = MatrixShape(end - begin, shape.inputs, shape.format, shape.group, shape.zero_points)
+        at = begin // _ROWS * of_block
+        made = PackedMatrix(part, self.data[at : at + part.nbytes])
+        made.whole = self
+        return made
 
     def unpack(self) -> Tensor:
         """[n, k] fp32, the weights as they are computed with."""
