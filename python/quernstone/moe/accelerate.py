@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from quernstone.moe.block import PackedBlock, Source, shared_of, source_of
 from quernstone.moe.cache.policies import Policy as CachePolicy
 from quernstone.moe.cost import CostModel
 from quernstone.moe.devices import Device
-from quernstone.moe.experts import Compute, Experts, Format
+from quernstone.moe.experts import Compute, Experts, ExpertsShape, Format
 from quernstone.moe.gating import AdaptiveGating
 from quernstone.moe.routing import MoeBlock, moe_blocks
 from quernstone.moe.runtime import Runtime
@@ -27,7 +27,6 @@ from quernstone.quant.linear import (
     MatrixShape,
     PackedLinear,
     PackedMatrix,
-    allocate_bytes,
     check_compute,
     pack_into,
 )
@@ -74,10 +73,30 @@ class Packing:
         group = (self.group or 32) if format == "int4" else 0
         return MatrixShape(outputs, inputs, format, group, self.zero_points and format == "int4")
 
-    def experts(self, source: Source) -> Experts:
-        group = self.group if self.format == "int4" else None
-        zeros = self.zero_points and self.format == "int4"
-        return source.pack(self.format, group, zeros, self.clips)
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def experts(
+        self,
+        source: Source,
+        expert: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> Experts:
+        """The experts of a block, the shared ones last.
+
+        Args:
+            source: the block's weights.
+            expert: gives those of an expert, `source.expert` where it is None.
+        """
+        count, hidden, width = source.down.shape
+        of = self.matrix_shape(width, hidden, self.format)
+        shape = ExpertsShape(
+            count + source.shared_count, hidden, width, of.format, of.group, of.zero_points
+        )
+        experts = Experts.empty(shape)
+        for index in range(shape.count):
+            gate, up, down = (expert or source.expert)(index)
+            experts.place(index, gate, up, down, clips=self.clips)
+        return experts
 
     def matrices(self, weights: Mapping[str, Tensor]) -> dict[str, PackedMatrix]:
         """Matrices behind one another in memory, of inputs that are the same.
@@ -89,7 +108,7 @@ class Packing:
         rows = [len(weight) for weight in weights.values()]
         inputs = next(iter(weights.values())).shape[1]
         shape = self.matrix_shape(sum(rows), inputs, self.linear)
-        whole = PackedMatrix(shape, allocate_bytes(shape.nbytes, huge_pages=True))
+        whole = PackedMatrix.empty(shape)
         made, begin = {}, 0
         for (name, weight), count in zip(weights.items(), rows, strict=True):
             part = whole.rows(begin, begin + count)
@@ -97,6 +116,18 @@ class Packing:
             made[name] = part
             begin += count
         return made
+
+
+class RuntimeOptions(TypedDict, total=False):
+    """What `Runtime` takes beside the layers."""
+
+    device: Device | None
+    costs: CostModel | None
+    policy: Policy
+    cache: CachePolicy
+    slots: int | Sequence[int] | None
+    prefetch: int
+    reproducible: bool
 
 
 @dataclass
@@ -154,13 +185,7 @@ def accelerate(
     linear: Format | None = None,
     attention: Attention = "model",
     gating: AdaptiveGating | None = None,
-    device: Device | None = None,
-    costs: CostModel | None = None,
-    policy: Policy = "hybrid",
-    cache: CachePolicy = "reuse",
-    slots: int | Sequence[int] | None = None,
-    prefetch: int = 0,
-    reproducible: bool = False,
+    **options: Unpack[RuntimeOptions],
 ) -> nn.Module:
     """Puts packed experts, run by a `Runtime`, in the place of a model's mixtures of experts.
 
@@ -182,7 +207,7 @@ def accelerate(
             32; None is "int8" with int4 and int8 weights.
         attention: "quernstone" computes it by `quernstone.attention`, "model" leaves it.
         gating: drops experts whose weight is small, see `AdaptiveGating`; it counts what it did.
-        device, costs, policy, cache, slots, prefetch, reproducible: see `Runtime`.
+        options: of `Runtime`: device, costs, policy, cache, slots, prefetch, reproducible.
 
     Returns:
         `model`, with an `Acceleration` as its attribute `quernstone`.
@@ -221,18 +246,14 @@ def accelerate(
         compute=compute,
         attention=attention,
         gating=gating,
-        runtime=lambda layers: Runtime(
-            layers,
-            device,
-            costs=costs,
-            policy=policy,
-            cache=cache,
-            slots=slots,
-            prefetch=prefetch,
-            reproducible=reproducible,
-        ),
-        prefetch=prefetch,
+        runtime=runtime_of(options),
+        prefetch=options.get("prefetch", 0),
     )
+
+
+def runtime_of(options: RuntimeOptions) -> Callable[[Mapping[str, Experts]], Runtime]:
+    """What makes a runtime of experts."""
+    return lambda layers: Runtime(layers, **options)
 
 
 def install(
@@ -357,8 +378,12 @@ def _forward(kind: Any, steps: Any) -> Any:
     return forward
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuses what `accelerate` would not compute rightly."""
+def check_model(model: nn.Module, *, weights: bool = True) -> None:
+    """Refuses what `accelerate` would not compute rightly.
+
+    Args:
+        weights: whether they have to be there, on the CPU.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a model of transformers")
     if hasattr(model, "quernstone"):
@@ -384,7 +409,7 @@ def check_model(model: nn.Module) -> None:
                     f"{block.name}.experts.{name}.dtype: got {weight.dtype}, expected "
                     "torch.float32 or torch.bfloat16"
                 )
-            if weight.device.type != "cpu":
+            if weights and weight.device.type != "cpu":
                 raise ValueError(
                     f"{block.name}.experts.{name}.device: got {weight.device}, expected cpu"
                 )

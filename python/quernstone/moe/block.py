@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quernstone.moe.experts import Experts, ExpertsShape, Format
 from quernstone.moe.gating import AdaptiveGating
 from quernstone.moe.routing import routed
 
@@ -55,21 +54,6 @@ class Source:
             pad(parts[1], (0, 0, 0, missing)),
             pad(parts[2], (0, missing)),
         )
-
-    def pack(
-        self, format: Format, group: int | None, zero_points: bool, clips: int
-    ) -> Experts:
-        """All of them, the shared ones last."""
-        count, hidden, width = self.down.shape
-        if group is None:
-            group = 32 if format == "int4" else 0
-        shape = ExpertsShape(
-            count + self.shared_count, hidden, width, format, group, zero_points
-        )
-        experts = Experts.empty(shape)
-        for index in range(shape.count):
-            experts.place(index, *self.expert(index), clips=clips)
-        return experts
 
 
 def source_of(block: nn.Module) -> Source:

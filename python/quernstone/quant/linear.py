@@ -106,6 +106,11 @@ class PackedMatrix:
         # The bytes that come back have to be aligned again.
         return PackedMatrix.of_bytes, (self.shape, self.data)
 
+    @classmethod
+    def empty(cls, shape: MatrixShape) -> Self:
+        """Room for a matrix, in which all weights are zero."""
+        return cls(shape, allocate_bytes(shape.nbytes, huge_pages=True))
+
     @staticmethod
     def of_bytes(shape: MatrixShape, data: NDArray[np.uint8]) -> PackedMatrix:
         """A matrix with a copy of packed bytes, wherever those lie."""
