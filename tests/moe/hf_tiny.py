@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from typing import Any
 
 import torch
+
+from quernstone.moe.block import shared_of
 
 VOCABULARY = 96
 
@@ -112,14 +117,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def tiny(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A model in evaluation mode, all its weights random, even those that begin as 0 or 1."""
+    return copy.deepcopy(_made(name, json.dumps(changes))).to(dtype)
+
+
+@functools.cache
+def _made(name: str, changes: str) -> Any:
     import transformers
 
     kind, settings = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**_COMMON, **settings, **changes})
+    config = getattr(transformers, f"{kind}Config")(
+        **{**_COMMON, **settings, **json.loads(changes)}
+    )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -130,9 +142,44 @@ def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    return model.to(dtype)
+    return model
 
 
 def tokens(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+
+
+def twin(model: Any, accelerated: Any) -> Any:
+    """A copy of the model with the weights as an accelerated one computes with them."""
+    made = copy.deepcopy(model)
+    handle = accelerated.quernstone
+    with torch.no_grad():
+        for name, experts in handle.experts.items():
+            block = made.get_submodule(name)
+            count = len(block.experts.down_proj)
+            parts = [experts.matrices(i) for i in range(experts.shape.count)]
+            for i, (gate, up, down) in enumerate(parts[:count]):
+                block.experts.gate_up_proj[i] = torch.cat([gate, up])
+                block.experts.down_proj[i] = down
+            shared = shared_of(block)
+            if shared is None:
+                continue
+            width = shared.gate_proj.out_features
+            for i, layer in enumerate((shared.gate_proj, shared.up_proj)):
+                layer.weight.copy_(torch.cat([part[i] for part in parts[count:]])[:width])
+            down = torch.cat([part[2] for part in parts[count:]], 1)
+            shared.down_proj.weight.copy_(down[:, :width])
+        for name, layer in handle.linears.items():
+            made.get_submodule(name).weight.copy_(layer.matrix.unpack())
+    return made
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def typical(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Median over tokens: a router whose choice was as good as a tie moves one token by much."""
+    error = (got.double() - want.double()).norm(dim=-1) / want.double().norm(dim=-1)
+    return float(error.median())

@@ -8,6 +8,8 @@ of it.
 """
 
 from quernstone.moe import reference, reference_schedule
+from quernstone.moe.accelerate import Acceleration, Packing, accelerate
+from quernstone.moe.checkpoint import load_packed, pack_checkpoint
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
 from quernstone.moe.devices import Device, Work
 from quernstone.moe.experts import Experts, ExpertsShape, route
@@ -38,6 +40,7 @@ from quernstone.moe.trace import Trace
 __all__ = [
     "MODELS",
     "PRESETS",
+    "Acceleration",
     "AdaptiveGating",
     "CostModel",
     "Curve",
@@ -52,6 +55,7 @@ __all__ = [
     "LayerUse",
     "Memory",
     "ModelShape",
+    "Packing",
     "Policy",
     "Prefetch",
     "Runtime",
@@ -65,8 +69,10 @@ __all__ = [
     "gap_closed",
     "layer_sensitivity",
     "load_experts",
+    "load_packed",
     "measured_loads",
     "moe_blocks",
+    "pack_checkpoint",
     "prediction_accuracy",
     "prefetch",
     "profile_machine",

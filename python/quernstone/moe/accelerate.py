@@ -222,9 +222,11 @@ def accelerate(
     """
     packing = Packing(format, group, zero_points, clips, linear)
     check_compute(compute, format)
+    _check_attention(attention)
     check_model(model)
     blocks = moe_blocks(model)
     _check_gating(gating, blocks)
+    _check_options(options)
     experts: dict[str, Experts] = {}
     for block in blocks:
         made = packing.experts(source_of(block.module))
@@ -268,8 +270,7 @@ def install(
     prefetch: int,
 ) -> nn.Module:
     """Puts packed experts and matrices in the places that bear their names."""
-    if attention not in get_args(Attention):
-        raise ValueError(f"attention: got {attention!r}, expected one of {get_args(Attention)}")
+    _check_attention(attention)
     made = runtime(experts)
     blocks: dict[str, PackedBlock] = {}
     for block in moe_blocks(model):
@@ -441,6 +442,18 @@ def together(layers: Mapping[str, nn.Linear]) -> list[list[str]]:
         elif leaf == _QKV[0]:
             lists.append(of)
     return lists
+
+
+def _check_attention(attention: Attention) -> None:
+    if attention not in get_args(Attention):
+        raise ValueError(f"attention: got {attention!r}, expected one of {get_args(Attention)}")
+
+
+def _check_options(options: RuntimeOptions) -> None:
+    """Has a runtime of one small expert refuse what can be refused before anything is packed."""
+    probe = Experts.empty(ExpertsShape(1, 32, 32))
+    of_model: RuntimeOptions = {"device": None, "costs": None, "slots": None}
+    runtime_of({**options, **of_model})({"probe": probe}).close()
 
 
 def _check_gating(gating: AdaptiveGating | None, blocks: Sequence[MoeBlock]) -> None:

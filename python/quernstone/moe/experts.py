@@ -5,6 +5,7 @@ Axes: t tokens, c choices of a token, e experts, m hidden (model) width, f feed-
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -113,6 +114,8 @@ class Experts:
         self.shape = shape
         self.data = data
         self.compute = check_compute(compute, shape.format)
+        self.guard: Callable[[], None] | None = None
+        """Raises where the memory is no longer what it was: called before every use."""
         self._layout = shape.layout()
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             got = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
@@ -238,6 +241,7 @@ class Experts:
         Raises:
             ValueError: a shape, an id or a compute out of its range, a weight that is not finite.
             TypeError: a tensor of another dtype.
+            OSError: the file in which the experts lie has changed.
 
         Source: the feed-forward block of Mixtral (arXiv 2401.04088, section 2.1). Oracles: the
         blocks of transformers; `quernstone.moe.reference.experts`.
@@ -257,6 +261,8 @@ class Experts:
             if value.ndim != 2:
                 raise ValueError(f"{name}.ndim: got {value.ndim}, expected 2")
         how = self.compute if compute is None else check_compute(compute, self.shape.format)
+        if self.guard is not None:
+            self.guard()
         rows = x.detach().float()
         if rows.stride(1) != 1:
             rows = rows.contiguous()
