@@ -21,5 +21,9 @@ void register_moe_experts(pybind11::module_& moe);
 void register_moe_cache(pybind11::module_& moe);
 void register_moe_decoder(pybind11::module_& moe);
 void register_moe_schedule(pybind11::module_& moe);
+void register_moe_runtime(pybind11::module_& moe);
+
+// The operator of experts with torch.
+void register_moe_operator();
 
 }  // namespace quernstone::bind

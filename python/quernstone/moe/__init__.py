@@ -11,7 +11,7 @@ from quernstone.moe import reference, reference_schedule
 from quernstone.moe.accelerate import Acceleration, Packing, accelerate
 from quernstone.moe.checkpoint import load_packed, pack_checkpoint
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
-from quernstone.moe.devices import Device, Work
+from quernstone.moe.devices import Device, EmulatedDevice, Work
 from quernstone.moe.experts import Experts, ExpertsShape, route
 from quernstone.moe.file import ExpertsWriter, Memory, load_experts, save_experts
 from quernstone.moe.gating import (
@@ -45,6 +45,7 @@ __all__ = [
     "CostModel",
     "Curve",
     "Device",
+    "EmulatedDevice",
     "Experts",
     "ExpertsShape",
     "ExpertsWriter",
