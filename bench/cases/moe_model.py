@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +55,7 @@ def large(seed: int = 0) -> Any:
 
 
 def materialize(model: Any, weight: Callable[[str, torch.Size], Tensor]) -> None:
-    """Gives a model on no device its parameters, one at a time, and the buffers of its rotations."""
+    """Gives a model on no device its parameters, one at a time, and the rotations' buffers."""
     for name, parameter in list(model.named_parameters()):
         parent, _, leaf = name.rpartition(".")
         value = weight(name, parameter.shape)
@@ -79,3 +78,121 @@ def _random(name: str, shape: torch.Size, noise: Tensor, generator: torch.Genera
     if "embed" not in name:
         out *= shape[-1] ** -0.5
     return out
+
+
+def of_tinylm(model: TinyLm) -> Any:
+    """A trained tinylm of vanilla attention and experts as a Mixtral with the same outputs."""
+    from transformers import MixtralForCausalLM
+
+    of = model.config
+    config = mixtral_config(
+        vocab_size=256,
+        hidden_size=of.channels,
+        intermediate_size=of.hidden,
+        num_hidden_layers=of.layers,
+        num_attention_heads=of.heads,
+        num_key_value_heads=of.heads,
+        head_dim=of.head_width,
+        num_local_experts=of.experts,
+        num_experts_per_tok=of.top_k,
+        rms_norm_eps=torch.finfo(torch.float32).eps,
+    )
+    with torch.device("meta"):
+        made = MixtralForCausalLM(config)
+    weights = dict(model.named_parameters())
+    inner = of.heads * of.head_width
+
+    def weight(name: str, shape: torch.Size) -> Tensor:
+        parts = name.split(".")
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            return weights["embedding.weight"].detach().clone()
+        if name == "model.norm.weight":
+            return weights["norm.weight"].detach().clone()
+        block, rest = f"blocks.{parts[2]}", ".".join(parts[3:])
+        if rest.startswith("self_attn.") and parts[4] != "o_proj":
+            at = ("q_proj", "k_proj", "v_proj").index(parts[4])
+            rows = weights[f"{block}.mixer.qkv.weight"].detach()[at * inner : (at + 1) * inner]
+            if at == 2:
+                return rows.clone()
+            # Neighbours turn as one complex number there, the two halves of a head here.
+            heads = rows.view(of.heads, of.head_width // 2, 2, of.channels)
+            return heads.transpose(1, 2).reshape(rows.shape)
+        names = {
+            "self_attn.o_proj.weight": "mixer.out.weight",
+            "mlp.gate.weight": "ffn.gate.weight",
+            "mlp.experts.gate_up_proj": "ffn.experts.gate_up_proj",
+            "mlp.experts.down_proj": "ffn.experts.down_proj",
+            "input_layernorm.weight": "norm_mixer.weight",
+            "post_attention_layernorm.weight": "norm_ffn.weight",
+        }
+        found = weights[f"{block}.{names[rest]}"].detach().clone()
+        assert found.shape == shape, name
+        return found
+
+    materialize(made, weight)
+    return made.eval()
+
+
+def packed_copy(model: Any, **settings: Any) -> Any:
+    """An accelerated model with the weights of another, which stays as it is."""
+    from quernstone.moe.accelerate import Packing, install, linears_of, runtime_of, together
+    from quernstone.moe.block import source_of
+    from quernstone.moe.routing import moe_blocks
+
+    packing = Packing(
+        settings.pop("format", "int4"), linear=settings.pop("linear", "int4"), clips=1
+    )
+    experts = {block.name: packing.experts(source_of(block.module)) for block in moe_blocks(model)}
+    linears = linears_of(model)
+    matrices = {}
+    for names in together(linears):
+        matrices.update(packing.matrices({n: linears[n].weight.detach() for n in names}))
+    with torch.device("meta"):
+        made = type(model)(model.config)
+    inside = (*(f"{name}.experts." for name in experts), *(f"{name}." for name in matrices))
+
+    def weight(name: str, shape: torch.Size) -> Tensor:
+        if name.startswith(inside):
+            return torch.empty(shape, device="meta")
+        return model.get_parameter(name).detach()
+
+    materialize(made, weight)
+    install(
+        made,
+        experts,
+        matrices,
+        compute=None,
+        attention="quernstone",
+        gating=settings.pop("gating", None),
+        runtime=runtime_of({}),
+        prefetch=0,
+    )
+    return made
+
+
+def weight_of(model: Any) -> Callable[[str, int | None], Tensor]:
+    """fp32 weights of a model of transformers by name, of stacked ones an expert's."""
+
+    def weight(name: str, expert: int | None) -> Tensor:
+        found = model.get_parameter(name).detach()
+        return (found if expert is None else found[expert]).float()
+
+    return weight
+
+
+def packed_weight_of(model: Any) -> Callable[[str, int | None], Tensor]:
+    """The same of an accelerated model, as it computes with them."""
+    handle = model.quernstone
+
+    def weight(name: str, expert: int | None) -> Tensor:
+        if expert is not None:
+            block, _, which = name.rpartition(".experts.")
+            gate, up, down = handle.experts[block].matrices(expert)
+            return torch.cat([gate, up]) if which == "gate_up_proj" else down
+        owner = name.removesuffix(".weight")
+        if owner in handle.linears:
+            unpacked: Tensor = handle.linears[owner].matrix.unpack()
+            return unpacked
+        return model.get_parameter(name).detach().float()
+
+    return weight

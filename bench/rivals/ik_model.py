@@ -48,7 +48,11 @@ def write_mixtral(path: Path, config: Any, weights: Weights, kind: Kind) -> None
         yield "token_embd.weight", weights("model.embed_tokens.weight").float(), "F32"
         for i in range(model.layers):
             of = f"model.layers.{i}"
-            yield f"blk.{i}.attn_norm.weight", weights(f"{of}.input_layernorm.weight").float(), "F32"
+            yield (
+                f"blk.{i}.attn_norm.weight",
+                weights(f"{of}.input_layernorm.weight").float(),
+                "F32",
+            )
             norm = weights(f"{of}.post_attention_layernorm.weight").float()
             yield f"blk.{i}.ffn_norm.weight", norm, "F32"
             for name, heads in (("q", model.heads), ("k", model.kv_heads)):
@@ -114,12 +118,16 @@ def logits(
             for name in "qkv"
         )
         k, v = (t.repeat_interleave(heads // kv, 0) for t in (turned(k), v))
-        mixed = functional.scaled_dot_product_attention(turned(q)[None], k[None], v[None], is_causal=True)
+        mixed = functional.scaled_dot_product_attention(
+            turned(q)[None], k[None], v[None], is_causal=True
+        )
         flat = mixed[0].transpose(0, 1).reshape(count, -1)
         x = x + flat @ matrix(f"{of}.self_attn.o_proj.weight", None).T
         h = norm(x, f"{of}.post_attention_layernorm.weight")
         x = h.clone() if onto_normed else x.clone()
-        shares, chosen = (h @ matrix(f"{of}.mlp.gate.weight", None).float().T).softmax(-1).topk(model.top_k)
+        shares, chosen = (
+            (h @ matrix(f"{of}.mlp.gate.weight", None).float().T).softmax(-1).topk(model.top_k)
+        )
         shares = shares / shares.sum(-1, keepdim=True)
         for expert in chosen.unique().tolist():
             rows, place = (chosen == expert).nonzero(as_tuple=True)

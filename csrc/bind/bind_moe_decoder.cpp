@@ -118,15 +118,12 @@ class DecoderLayer {
     void inputs_of(Array<float>& hidden, const MaybeArray& add, const Array<float>& cos,
                    const Array<float>& sin, Array<float>& normed, Array<float>& projected,
                    const py::array& q, const py::array& k, const py::array& v) const {
-        moe::InputArgs<T> args{output<float, 2>(hidden, "hidden"),
-                               {},
-                               rows_of<const float>(cos, "cos"),
-                               rows_of<const float>(sin, "sin"),
-                               output<float, 2>(normed, "normed"),
-                               output<float, 2>(projected, "projected"),
-                               wide_or_half<T, 3>(q, "q"),
-                               wide_or_half<T, 3>(k, "k"),
-                               wide_or_half<T, 3>(v, "v")};
+        moe::InputArgs<T> args{
+            output<float, 2>(hidden, "hidden"), {},
+            rows_of<const float>(cos, "cos"),   rows_of<const float>(sin, "sin"),
+            output<float, 2>(normed, "normed"), output<float, 2>(projected, "projected"),
+            wide_or_half<T, 3>(q, "q"),         wide_or_half<T, 3>(k, "k"),
+            wide_or_half<T, 3>(v, "v")};
         if (add) {
             args.add = rows_of<const float>(*add, "add");
         }

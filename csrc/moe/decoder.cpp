@@ -198,8 +198,9 @@ void choose(const Router& router, const float* x, float* logits, std::int64_t* i
     if (router.shared > 0) {
         float weight = 1.0F;
         if (router.shared_gate.present()) {
-            weight = 1.0F / (1.0F + std::exp(-dot(router.shared_gate.data, x,
-                                                  router.shared_gate.extent[0])));
+            weight =
+                1.0F /
+                (1.0F + std::exp(-dot(router.shared_gate.data, x, router.shared_gate.extent[0])));
         }
         for (std::int64_t s = 0; s < router.shared; ++s) {
             ids[top_k + s] = experts + s;

@@ -21,11 +21,11 @@ struct RmsNorm {
 };
 
 struct Attention {
-    gemm::Matrix qkv, out;                 // [(h + 2 g) d, m] and [m, h d]
+    gemm::Matrix qkv, out;  // [(h + 2 g) d, m] and [m, h d]
     gemm::Compute qkv_compute = gemm::Compute::kFloat, out_compute = gemm::Compute::kFloat;
-    View<const float, 1> qkv_bias;         // [(h + 2 g) d]; may be absent
-    View<const float, 1> out_bias;         // [m]; may be absent
-    RmsNorm before;                        // of the layer's input
+    View<const float, 1> qkv_bias;  // [(h + 2 g) d]; may be absent
+    View<const float, 1> out_bias;  // [m]; may be absent
+    RmsNorm before;                 // of the layer's input
     // Of every head [d], or of all of them at once [h d] and [g d]; may be absent.
     RmsNorm of_q, of_k;
     std::int64_t heads = 0, kv_heads = 0, width = 0;
@@ -52,13 +52,13 @@ struct Counts {
 // Of T either float or bf16.
 template <class T>
 struct InputArgs {
-    View<float, 2> hidden;           // [t, m]; `add` is added to it first
-    View<const float, 2> add;        // [t, m]; may be absent
-    View<const float, 2> cos, sin;   // [t, d], both halves alike: the rotation of transformers
-    View<float, 2> normed;           // [t, m] room
-    View<float, 2> projected;        // [t, (h + 2 g) d] room
-    View<T, 3> q;                    // [h, t, d]
-    View<T, 3> k, v;                 // [g, t, d]
+    View<float, 2> hidden;          // [t, m]; `add` is added to it first
+    View<const float, 2> add;       // [t, m]; may be absent
+    View<const float, 2> cos, sin;  // [t, d], both halves alike: the rotation of transformers
+    View<float, 2> normed;          // [t, m] room
+    View<float, 2> projected;       // [t, (h + 2 g) d] room
+    View<T, 3> q;                   // [h, t, d]
+    View<T, 3> k, v;                // [g, t, d]
 };
 
 template <class T>

@@ -35,7 +35,9 @@ def test_generates_what_the_model_generates(packed: Path) -> None:
     assert result.output.splitlines()[0] == ",".join(map(str, want[0, 3:].tolist()))
     assert "6 tokens in" in result.output
     drawn = [
-        _call("generate", str(packed), "--ids", "5,17,3", "--tokens", "6", "--sample", "--seed", seed)
+        _call(
+            "generate", str(packed), "--ids", "5,17,3", "--tokens", "6", "--sample", "--seed", seed
+        )
         for seed in ("1", "1", "2")
     ]
     lines = [one.output.splitlines()[0] for one in drawn]

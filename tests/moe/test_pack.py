@@ -13,7 +13,7 @@ import torch
 
 from quernstone.moe import Packing, accelerate, load_experts, load_packed, pack_checkpoint
 from quernstone.moe.checkpoint import EXPERTS, MANIFEST, REST
-from tests.moe.hf_tiny import MODELS, tiny, tokens
+from tests.moe.hf_tiny import tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loss_type:UserWarning")
 
@@ -33,7 +33,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v2-groups", "deepseek_v3"])
 def test_a_packed_checkpoint_is_the_accelerated_model_bit_for_bit(
     name: str, tmp_path: Path
 ) -> None:
@@ -104,16 +104,18 @@ def test_mapped_experts_give_the_same_and_say_when_their_file_changes(
     assert torch.equal(logits(mapped, ids), want)
     # Replaced as `save_experts` replaces: the old file lives on for those who have it mapped.
     shutil.copyfile(packed / EXPERTS, packed / "other")
-    os.replace(packed / "other", packed / EXPERTS)
+    (packed / "other").replace(packed / EXPERTS)
     assert torch.equal(logits(mapped, ids), want)
     again = load_packed(packed, memory="map")
     os.truncate(packed / EXPERTS, 4096)
-    with pytest.raises(OSError, match=r"experts\.qse: got 4096 bytes, written to after"):
+    with pytest.raises(ValueError, match="file of the experts has 4096 bytes left"):
         logits(again, ids)
     assert torch.equal(logits(mapped, ids), want)
 
 
-def test_experts_written_to_while_mapped_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_experts_written_to_while_mapped_are_refused(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     path = tmp_path / "x.qse"
     shutil.copyfile(folders[1] / EXPERTS, path)
     experts = next(iter(load_experts(path, memory="map").values()))

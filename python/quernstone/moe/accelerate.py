@@ -190,9 +190,9 @@ def accelerate(
     """Puts packed experts, run by a `Runtime`, in the place of a model's mixtures of experts.
 
     The model is changed in place and for inference only; its memory is given back layer by layer.
-    Every block keeps its own router, with the rules of its architecture: softmax or sigmoid, groups,
-    normalisation and scaling. Shared experts are packed beside the routed ones and scheduled with
-    them. `generate` works as before.
+    Every block keeps its own router, with the rules of its architecture: softmax or sigmoid,
+    groups, normalisation and scaling. Shared experts are packed beside the routed ones and
+    scheduled with them. `generate` works as before.
 
     With `linear` and attention="quernstone", a step of one sequence without padding runs through a
     compiled decoder where the architecture allows it (all but DeepSeek's): the same arithmetic with
@@ -200,8 +200,8 @@ def accelerate(
     states or router logits asked for, hooks, padding, other caches) runs through transformers.
 
     Args:
-        model: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 or DeepSeek-V3 of transformers, with a
-            language model's head or without, in fp32 or bf16, on the CPU.
+        model: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 or DeepSeek-V3 of transformers,
+            with a language model's head or without, in fp32 or bf16, on the CPU.
         format, group, zero_points, clips, linear: see `Packing`.
         compute: "float" leaves activations as they are, "int8" rounds them to 8 bits in groups of
             32; None is "int8" with int4 and int8 weights.

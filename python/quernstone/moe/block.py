@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quernstone.moe.gating import AdaptiveGating
 from quernstone.moe.routing import routed
 
+
 @dataclass(frozen=True)
 class Source:
     """The weights of a block: routed experts, and a shared one cut into as many as fit their width.
@@ -62,7 +63,9 @@ def source_of(block: nn.Module) -> Source:
     shared = shared_of(block)
     if shared is None:
         return Source(experts.gate_up_proj, experts.down_proj, None)
-    parts = [getattr(shared, name).weight.detach() for name in ("gate_proj", "up_proj", "down_proj")]
+    parts = [
+        getattr(shared, name).weight.detach() for name in ("gate_proj", "up_proj", "down_proj")
+    ]
     return Source(experts.gate_up_proj, experts.down_proj, (parts[0], parts[1], parts[2]))
 
 

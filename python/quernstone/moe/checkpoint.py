@@ -280,9 +280,7 @@ def skeleton(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _pack_experts(
-    model: nn.Module, shards: Shards, packing: Packing, path: Path, say: Say
-) -> None:
+def _pack_experts(model: nn.Module, shards: Shards, packing: Packing, path: Path, say: Say) -> None:
     blocks = moe_blocks(model)
     with ExpertsWriter(path) as writer:
         for block in blocks:
@@ -301,14 +299,15 @@ def _pack_experts(
             say(f"{block.name}: {count} experts of {hidden} by {width}")
 
 
-def _pack_rest(
-    model: nn.Module, shards: Shards, packing: Packing, folder: Path, say: Say
-) -> None:
+def _pack_rest(model: nn.Module, shards: Shards, packing: Packing, folder: Path, say: Say) -> None:
     from safetensors.torch import save_file
 
     blocks = moe_blocks(model)
-    skipped = tuple(f"{block.name}.{part}." for block in blocks
-                    for part in ("experts", "shared_expert", "shared_experts"))
+    skipped = tuple(
+        f"{block.name}.{part}."
+        for block in blocks
+        for part in ("experts", "shared_expert", "shared_experts")
+    )
     groups: dict[str, list[str]] = {}
     for name in model.state_dict():
         if name.startswith(skipped):

@@ -28,7 +28,7 @@ ARCHITECTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 # What a caller may pass that changes nothing here; anything else is for transformers.
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-_IGNORED = {"return_dict": (True,), **{name: (False,) for name in _OUTPUTS}}
+_IGNORED = {"return_dict": (True,), **dict.fromkeys(_OUTPUTS, (False,))}
 _FIRST_CAPACITY = 256
 
 
@@ -150,9 +150,7 @@ class Decoder:
             self._rooms.append(room)
         return logits.to(self._dtype)[None]
 
-    def _rotation(
-        self, begin: int, end: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _rotation(self, begin: int, end: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         if len(self._cos) < end:
             positions = torch.arange(max(2 * end, _FIRST_CAPACITY))[None]
             cos, sin = self._rotary(torch.empty(0), positions)

@@ -31,10 +31,10 @@ Memory = Literal["map", "copy", "huge"]
 """`map`: the file itself, read as it is used, shared by processes. `copy`: into memory. `huge`:
 into pages of 2 MiB, where the system gives such: the fastest to compute from.
 
-A mapped file must stay as it is. One that is cut short or written to is told before the next use of
-its experts, by an OSError; one that is cut short while they are computed ends the process with SIGBUS,
-which nothing in it can prevent. Replacing the file, as `save_experts` does, is safe: the old one lives
-on for those who have it mapped."""
+A mapped file must stay as it is. One that is cut short or written to is told before the next use
+of its experts, by an OSError; one that is cut short while they are computed ends the process with
+SIGBUS, which nothing in it can prevent. Replacing the file, as `save_experts` does, is safe: the
+old one lives on for those who have it mapped."""
 
 VERSION = 1
 _MAGIC = b"QSEXPERT"

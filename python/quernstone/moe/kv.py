@@ -66,8 +66,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             or buffers[0].dtype != key_like.dtype
         ):
             capacity = max(2 * end, _FIRST_CAPACITY)
-            made = [like.new_empty(*like.shape[:2], capacity, like.shape[3])
-                    for like in (key_like, value_like)]
+            made = [
+                like.new_empty(*like.shape[:2], capacity, like.shape[3])
+                for like in (key_like, value_like)
+            ]
             if past:
                 made[0][:, :, :past].copy_(self.keys)
                 made[1][:, :, :past].copy_(self.values)
@@ -112,5 +114,3 @@ def adopted(cache: Any, layers: int) -> bool:
             return False
         cache.layers[i] = GrowingLayer.of(layer)
     return True
-
-
