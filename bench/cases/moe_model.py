@@ -135,8 +135,8 @@ def of_tinylm(model: TinyLm) -> Any:
 
 def packed_copy(model: Any, **settings: Any) -> Any:
     """An accelerated model with the weights of another, which stays as it is."""
-    from quernstone.moe.accelerate import Packing, install, linears_of, runtime_of, together
     from quernstone.moe.block import source_of
+    from quernstone.moe.hf import Packing, install, linears_of, runtime_of, together
     from quernstone.moe.routing import moe_blocks
 
     packing = Packing(

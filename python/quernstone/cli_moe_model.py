@@ -43,8 +43,8 @@ def register(app: typer.Typer, guarded: Any) -> None:
         """Packs a checkpoint of a mixture of experts, however large, one layer at a time."""
 
         def run(console: Any) -> None:
-            from quernstone.moe.accelerate import Packing
             from quernstone.moe.checkpoint import pack_checkpoint
+            from quernstone.moe.hf import Packing
 
             packing = Packing(
                 format,  # type: ignore[arg-type]

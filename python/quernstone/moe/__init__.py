@@ -8,7 +8,6 @@ of it.
 """
 
 from quernstone.moe import reference, reference_schedule
-from quernstone.moe.accelerate import Acceleration, Packing, accelerate
 from quernstone.moe.checkpoint import load_packed, pack_checkpoint
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
 from quernstone.moe.devices import Device, EmulatedDevice, Work
@@ -21,6 +20,7 @@ from quernstone.moe.gating import (
     search_threshold,
     threshold_candidates,
 )
+from quernstone.moe.hf import Acceleration, Packing, accelerate
 from quernstone.moe.replay import HitCurve, gap_closed, replay
 from quernstone.moe.routing import moe_blocks, prediction_accuracy, record_routing
 from quernstone.moe.runtime import HybridMoE, Runtime
@@ -63,6 +63,7 @@ __all__ = [
     "Schedule",
     "Trace",
     "Work",
+    "accelerate",
     "allocate_slots",
     "cancel",
     "drop_experts",

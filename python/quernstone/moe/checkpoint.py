@@ -23,7 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from quernstone._files import write_whole
-from quernstone.moe.accelerate import (
+from quernstone.moe.block import Source, shared_of
+from quernstone.moe.experts import Compute, ExpertsShape
+from quernstone.moe.file import ExpertsWriter, Memory, load_experts
+from quernstone.moe.gating import AdaptiveGating
+from quernstone.moe.hf import (
     Attention,
     Packing,
     RuntimeOptions,
@@ -33,10 +37,6 @@ from quernstone.moe.accelerate import (
     runtime_of,
     together,
 )
-from quernstone.moe.block import Source, shared_of
-from quernstone.moe.experts import Compute, ExpertsShape
-from quernstone.moe.file import ExpertsWriter, Memory, load_experts
-from quernstone.moe.gating import AdaptiveGating
 from quernstone.moe.routing import MoeBlock, moe_blocks
 from quernstone.quant.linear import MatrixShape, PackedMatrix
 
