@@ -19,6 +19,7 @@ void register_gemm(pybind11::module_& core);
 // Functions of _core.moe.
 void register_moe_experts(pybind11::module_& moe);
 void register_moe_cache(pybind11::module_& moe);
+void register_moe_decoder(pybind11::module_& moe);
 void register_moe_schedule(pybind11::module_& moe);
 void register_moe_runtime(pybind11::module_& moe);
 

@@ -84,6 +84,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     auto moe = m.def_submodule("moe", "Mixture-of-experts inference on a CPU beside a GPU.");
     bind::register_moe_experts(moe);
     bind::register_moe_cache(moe);
+    bind::register_moe_decoder(moe);
     bind::register_moe_schedule(moe);
     bind::register_moe_runtime(moe);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
