@@ -118,9 +118,8 @@ def all_builds() -> list[tuple[Build, int]]:
     """Both kernels in every format and configuration, beside the chip."""
     return [
         (Build(kernel, bits, config, group, zeros), chip)
-        for chip, kernel, (bits, group, zeros), config in product(
-            CHIPS, KERNELS, FORMATS, candidates()
-        )
+        for chip, kernel, (bits, group, zeros) in product(CHIPS, KERNELS, FORMATS)
+        for config in candidates(chip)
     ]
 
 

@@ -7,6 +7,8 @@ fast, only a GPU can tell.
 
 from typing import NamedTuple
 
+from quernstone.kernels.triton.attention_configs import CHIPS, chip
+
 
 class Config(NamedTuple):
     """One way to run both kernels."""
@@ -18,19 +20,27 @@ class Config(NamedTuple):
     stages: int
 
 
-# Tokens of an expert -> configuration: the first that holds them, else the last.
-_TABLE = (
-    Config(16, 64, 32, 4, 4),
-    Config(32, 64, 32, 4, 4),
-    Config(64, 64, 32, 4, 3),
-    Config(128, 64, 32, 8, 3),
+_ALL = CHIPS
+_BIG = (80, 90, 100)  # in shared memory
+
+# By the tokens of an expert, with where they fit: steps of 32 inputs leave room for what weights are
+# unpacked to.
+_TABLE: tuple[tuple[Config, tuple[int, ...]], ...] = (
+    (Config(16, 64, 32, 4, 4), _ALL),
+    (Config(32, 64, 32, 4, 4), _ALL),
+    (Config(64, 64, 32, 4, 3), _BIG),
+    (Config(64, 64, 32, 8, 3), (120,)),
+    (Config(128, 64, 32, 8, 3), _BIG),
 )
 
 
-def candidates() -> tuple[Config, ...]:
-    return _TABLE
+def candidates(capability: int) -> list[Config]:
+    """Configurations for a compute capability (times ten), by rising tokens."""
+    wanted = chip(capability)
+    return [config for config, chips in _TABLE if wanted in chips]
 
 
-def pick(most: int) -> Config:
+def pick(most: int, capability: int) -> Config:
     """For a call whose busiest expert has `most` tokens."""
-    return next((config for config in _TABLE if most <= config.block_t), _TABLE[-1])
+    found = candidates(capability)
+    return next((config for config in found if most <= config.block_t), found[-1])

@@ -7,6 +7,7 @@ t tokens, m hidden width, f feed-forward width.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def grouped_experts(
     out = x.new_empty(len(tokens), shape.hidden, dtype=torch.float32)
     if not counts:
         return out
-    config = config or pick(max(counts))
+    config = config or pick(max(counts), _capability(x.device))
     tiles = to_device(tile_table(counts, config.block_t), x.device)
     places = to_device(np.asarray(offsets, np.int64), x.device)
     inner = x.new_empty(len(tokens), shape.intermediate)
@@ -93,6 +94,12 @@ def grouped_experts(
             BEFORE=2 * across["BLOCK_BYTES"] * -(-shape.intermediate // 16),
         )  # fmt: skip
     return out
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def matrix_bytes(shape: ExpertsShape, *, across: bool) -> dict[str, int]:
