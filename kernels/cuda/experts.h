@@ -36,9 +36,12 @@ int64_t qs_experts_struct_bytes(void);
 // Bytes of scratch memory that the call needs. Reads the extents and the format.
 int64_t qs_experts_scratch(const QsExperts* args);
 
-// Queues the kernels on the stream (a cudaStream_t). Null, or a literal that says what failed.
-// A result has the bits of the CPU's `reproducible` arithmetic, whatever the other tokens.
-const char* qs_experts(const QsExperts* args, void* stream);
+// Each queues its half of a call on the stream (a cudaStream_t), the first one what reads gate and up,
+// the second one what reads down; between them are the caller's own waits. Null, or a literal that
+// says what failed. A result has the bits of the CPU's arithmetic with activations of 8 bits,
+// whatever the other tokens.
+const char* qs_experts_gate_up(const QsExperts* args, void* stream);
+const char* qs_experts_down(const QsExperts* args, void* stream);
 
 #if defined(__cplusplus)
 }

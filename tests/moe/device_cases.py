@@ -6,6 +6,7 @@ Axes: a assignments sorted by expert, p experts that have some, t tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +43,7 @@ class DeviceCase:
             clips=1,
         )
         x = torch.randn(self.tokens, shape.hidden, generator=generator)
-        rows = torch.randint(
-            self.tokens, (sum(self.counts),), generator=generator, dtype=torch.int32
-        )
+        rows = torch.randint(self.tokens, (sum(self.counts),), generator=generator)
         return Call(experts, self.counts, x, rows)
 
 
@@ -57,11 +56,17 @@ class Call:
     x: Tensor
     """[t, m] fp32"""
     tokens: Tensor
-    """[a] int32"""
+    """[a]"""
 
     @property
     def data(self) -> Tensor:
         return torch.from_numpy(self.experts.data)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of `few_tokens`; `grouped_experts` wants x in bf16."""
+        shape, rows = self.experts.shape, self.tokens.numpy()
+        return shape, self.data, self.offsets, self.counts, rows, self.x
 
     @property
     def chosen(self) -> list[int]:
@@ -80,13 +85,13 @@ class Call:
     def on_the_cpu(self) -> Tensor:
         """[a, m], by the CPU's kernels with activations of 8 bits."""
         ones = torch.ones(len(self.tokens), 1)
-        return self.experts(self.x[self.tokens.long()], self.ids, ones, compute="int8")
+        return self.experts(self.x[self.tokens], self.ids, ones, compute="int8")
 
     def expected(self) -> Tensor:
         """[a, m] fp64"""
         matrices = [self.experts.matrices(e) for e in range(self.experts.shape.count)]
         ones = torch.ones(len(self.tokens), 1)
-        return reference.experts(matrices, self.x[self.tokens.long()], self.ids, ones)
+        return reference.experts(matrices, self.x[self.tokens], self.ids, ones)
 
 
 # Outputs and inputs around the blocks of 16, the units of 32 and the groups; rows that take one

@@ -5,7 +5,6 @@ not notice.
 """
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +58,11 @@ def _run(
     config = Config(*blocks, warps=4, stages=1)
     # Fresh memory is NaN under torch's deterministic algorithms.
     torch.use_deterministic_algorithms(True)
-    given: tuple[Any, ...] = (call.data, offsets or call.offsets, call.counts, call.tokens, x)
-    out = triton_experts.grouped_experts(call.experts.shape, *given, config=config)
+    shape, data, places, counts, rows, _ = call.arguments
+    made = triton_experts.grouped_experts(
+        shape, data, offsets or places, counts, rows, x, config=config
+    )
+    made.gate_up()
+    out = made.down()
     torch.use_deterministic_algorithms(False)
     return out

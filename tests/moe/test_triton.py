@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from quernstone.moe import Experts, ExpertsShape
-from quernstone.moe.triton_experts import grouped_experts, matrix_bytes, tile_table
+from quernstone.moe import ExpertsShape
+from quernstone.moe.device_memory import Batch, to_device
+from quernstone.moe.triton_experts import grouped_experts, matrix_bytes
 from tests.moe import interpreted
 from tests.moe.device_cases import DeviceCase
 
@@ -77,22 +79,31 @@ def test_blocks_are_as_large_as_the_core_says(
 
 
 def test_tiles_hold_every_assignment_once() -> None:
-    counts = (1, 16, 17, 40)
-    tiles = tile_table(counts, 16).tolist()
+    call = DeviceCase(ExpertsShape(4, 32, 32), (1, 16, 17, 40)).make()
+    batch = Batch(*call.arguments, torch.float32)
+    tiles = batch.tiles(16).tolist()
     seen = [(place, first + i) for place, first, count in tiles for i in range(count)]
-    places = [place for place, count in enumerate(counts) for _ in range(count)]
-    assert seen == list(zip(places, range(sum(counts)), strict=True))
+    places = [place for place, count in enumerate(call.counts) for _ in range(count)]
+    assert seen == list(zip(places, range(sum(call.counts)), strict=True))
     assert all(1 <= count <= 16 for _, _, count in tiles)
-    assert tile_table((), 16).shape == (0, 3)
 
 
-def test_a_call_that_does_not_fit_is_refused_by_name() -> None:
-    experts = Experts.empty(ExpertsShape(2, 64, 32))
-    data, tokens = torch.from_numpy(experts.data), torch.zeros(3, dtype=torch.int32)
-    x = torch.zeros(3, 64)
+def test_tables_arrive_as_they_are() -> None:
+    tables = [np.arange(3), np.arange(5, dtype=np.int32), np.arange(6, dtype=np.int32).reshape(2, 3)]
+    for got, want in zip(to_device(tables, torch.device("cpu")), tables, strict=True):
+        assert torch.equal(got, torch.from_numpy(want))
+        assert got.data_ptr() % 16 == 0
+
+
+def test_a_call_without_tokens_queues_nothing() -> None:
+    shape, data, *_ = DeviceCase(ExpertsShape(2, 64, 32), ()).make().arguments
+    x, none = torch.zeros(0, 64, dtype=torch.bfloat16), np.zeros(0, np.int64)
+    call = grouped_experts(shape, data, [], [], none, x)
+    call.gate_up()
+    assert call.down().shape == (0, 64)
+
+
+def test_tokens_in_fp32_are_refused_by_name() -> None:
+    call = DeviceCase(ExpertsShape(2, 64, 32), (1,)).make()
     with pytest.raises(TypeError, match="x.dtype: got torch.float32, expected torch.bfloat16"):
-        grouped_experts(experts.shape, data, [0], [3], tokens, x)
-    with pytest.raises(ValueError, match="counts: got 0"):
-        grouped_experts(experts.shape, data, [0, 0], [3, 0], tokens, x.bfloat16())
-    with pytest.raises(ValueError, match="offsets: got 32"):
-        grouped_experts(experts.shape, data, [32], [3], tokens, x.bfloat16())
+        grouped_experts(*call.arguments)

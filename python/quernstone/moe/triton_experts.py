@@ -11,21 +11,91 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from quernstone.kernels.triton import moe as kernels
 from quernstone.kernels.triton.moe_configs import Config, pick
-from quernstone.moe.device_memory import check_places, check_tensors, to_device
+from quernstone.moe.device_memory import Batch, to_device
 from quernstone.moe.experts import ExpertsShape
 
 # A product of bf16 numbers in Triton's interpreter is that of their bits.
 DOT_IN_FP32 = False
 
 _BITS = {"int4": kernels.INT4, "int8": kernels.INT8, "bf16": kernels.BF16}
-_FUSED = {"enable_fp_fusion": True}
+
+
+class Call:
+    """One call in two halves, between which a stream may wait for the weights of down.
+
+    `gate_up` and then `down` queue their kernels on torch's current stream.
+    """
+
+    def __init__(
+        self, shape: ExpertsShape, data: Tensor, batch: Batch, x: Tensor, config: Config | None
+    ) -> None:
+        self._shape, self._data, self._x = shape, data, x
+        count = len(batch.tokens)
+        self._out = x.new_empty(count, shape.hidden, dtype=torch.float32)
+        self._inner = x.new_empty(count, shape.intermediate)
+        self._tiles = 0
+        if not count:
+            return
+        self._config = config or pick(int(batch.counts.max()), _capability(x.device))
+        tiles = batch.tiles(self._config.block_t)
+        self._tiles = len(tiles)
+        self._tables = to_device([batch.offsets, tiles, batch.tokens], x.device)
+
+    def gate_up(self) -> None:
+        """Queues what reads x, gate and up."""
+        places, tiles, tokens = self._tables if self._tiles else (None, None, None)
+        self._queue(
+            kernels._experts_gate_up_kernel,
+            self._shape.intermediate,
+            (self._data, places, tiles, tokens, self._x, self._inner),
+            matrix_bytes(self._shape, across=True),
+        )
+
+    def down(self) -> Tensor:
+        """Queues what reads down, and gives [a, m] fp32."""
+        places, tiles, _ = self._tables if self._tiles else (None, None, None)
+        across = matrix_bytes(self._shape, across=True)["BLOCK_BYTES"]
+        before = 2 * across * -(-self._shape.intermediate // 16)
+        self._queue(
+            kernels._experts_down_kernel,
+            self._shape.hidden,
+            (self._data, places, tiles, self._inner, self._out),
+            {**matrix_bytes(self._shape, across=False), "BEFORE": before},
+        )
+        return self._out
+
+    def _queue(
+        self, kernel: Any, outputs: int, arguments: tuple[Any, ...], constants: dict[str, int]
+    ) -> None:
+        if not self._tiles:
+            return
+        shape, config, x = self._shape, self._config, self._x
+        grid = (self._tiles * -(-outputs // config.block_n),)
+        # Triton launches on the current device.
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            kernel[grid](
+                *arguments,
+                self._tiles,
+                shape.hidden,
+                shape.intermediate,
+                BITS=_BITS[shape.format].value,
+                GROUP=shape.group,
+                ZEROS=shape.zero_points,
+                **constants,
+                BLOCK_N=config.block_n,
+                BLOCK_T=config.block_t,
+                BLOCK_K=config.block_k,
+                DOT_IN_FP32=DOT_IN_FP32,
+                num_warps=config.warps,
+                num_stages=config.stages,
+                enable_fp_fusion=True,
+            )
 
 
 def grouped_experts(
@@ -33,11 +103,11 @@ def grouped_experts(
     data: Tensor,
     offsets: Sequence[int],
     counts: Sequence[int],
-    tokens: Tensor,
+    tokens: NDArray[Any],
     x: Tensor,
     *,
     config: Config | None = None,
-) -> Tensor:
+) -> Call:
     """down(silu(gate(x)) * up(x)) of each assignment, without the router's weight.
 
     Weights and activations are multiplied as bf16, sums are fp32. A row depends on its own token and
@@ -48,52 +118,22 @@ def grouped_experts(
         data: uint8 on the device, in which packed experts lie, at an address divisible by 64.
         offsets: [p] bytes from its beginning to each expert, multiples of 64.
         counts: [p] assignments of each, 1 or more.
-        tokens: [a] int32 on the device, rows of x by expert and assignment; not looked at.
+        tokens: [a] rows of x, by expert and assignment.
         x: [t, m] bf16 on the device, contiguous.
         config: of the kernels; None is that of the table.
 
     Returns:
-        [a, m] fp32.
+        The `Call`, of which nothing has been queued.
 
     Raises:
-        ValueError: a shape, an offset or a count that does not fit.
+        ValueError: a shape, an offset, a count or a token that does not fit.
         TypeError: a tensor of another dtype.
 
     Source: the feed-forward block of Mixtral (arXiv 2401.04088, section 2.1). Oracle:
     `quernstone.moe.reference.experts`.
     """
-    check_tensors(shape, data, counts, tokens, x, torch.bfloat16)
-    check_places(shape, data, offsets, counts)
-    out = x.new_empty(len(tokens), shape.hidden, dtype=torch.float32)
-    if not counts:
-        return out
-    config = config or pick(max(counts), _capability(x.device))
-    tiles = to_device(tile_table(counts, config.block_t), x.device)
-    places = to_device(np.asarray(offsets, np.int64), x.device)
-    inner = x.new_empty(len(tokens), shape.intermediate)
-    common: dict[str, Any] = {
-        "BITS": _BITS[shape.format].value,
-        "GROUP": shape.group,
-        "ZEROS": shape.zero_points,
-        "BLOCK_N": config.block_n,
-        "BLOCK_T": config.block_t,
-        "BLOCK_K": config.block_k,
-        "DOT_IN_FP32": DOT_IN_FP32,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        **_FUSED,
-    }
-    across, down = matrix_bytes(shape, across=True), matrix_bytes(shape, across=False)
-    sizes = (len(tiles), shape.hidden, shape.intermediate)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        kernels._experts_gate_up_kernel[(len(tiles) * -(-shape.intermediate // config.block_n),)](
-            data, places, tiles, tokens, x, inner, *sizes, **common, **across
-        )
-        kernels._experts_down_kernel[(len(tiles) * -(-shape.hidden // config.block_n),)](
-            data, places, tiles, inner, out, *sizes, **common, **down,
-            BEFORE=2 * across["BLOCK_BYTES"] * -(-shape.intermediate // 16),
-        )  # fmt: skip
-    return out
+    batch = Batch(shape, data, offsets, counts, tokens, x, torch.bfloat16)
+    return Call(shape, data, batch, x, config)
 
 
 @functools.cache
@@ -117,13 +157,3 @@ def matrix_bytes(shape: ExpertsShape, *, across: bool) -> dict[str, int]:
         "BLOCK_BYTES": -(-(codes + scales + zeros) // 64) * 64,
         "PADDED": padded,
     }
-
-
-def tile_table(counts: Sequence[int], block_t: int) -> NDArray[np.int32]:
-    """[tiles, 3]: the place of an expert, its next assignment, and how many of them."""
-    rows = []
-    begin = 0
-    for place, count in enumerate(counts):
-        rows += [(place, begin + i, min(block_t, count - i)) for i in range(0, count, block_t)]
-        begin += count
-    return np.array(rows, np.int32).reshape(-1, 3)
