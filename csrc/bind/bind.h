@@ -20,5 +20,6 @@ void register_gemm(pybind11::module_& core);
 void register_moe_experts(pybind11::module_& moe);
 void register_moe_cache(pybind11::module_& moe);
 void register_moe_schedule(pybind11::module_& moe);
+void register_moe_runtime(pybind11::module_& moe);
 
 }  // namespace quernstone::bind

@@ -265,8 +265,8 @@ class Forward {
 }  // namespace
 
 Status check(const Experts& experts) noexcept {
-    if (experts.count < 1 || experts.count > kMaxExperts) {
-        return invalid("experts", experts.count, "1 to", kMaxExperts);
+    if (experts.count < 1 || experts.count > kMostExperts) {
+        return invalid("experts", experts.count, "1 to", kMostExperts);
     }
     QS_TRY(gemm::check(experts.gate()));
     return gemm::check(experts.down());
