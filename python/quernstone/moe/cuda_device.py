@@ -28,10 +28,10 @@ from quernstone.moe.devices import Work
 from quernstone.moe.experts import Experts, ExpertsShape
 from quernstone.moe.schedule import Interval
 
-Pinning = Literal["register", "bounce"]
-"""How weights leave the host. `register`: from where they are, which is pinned at `open`. `bounce`:
-through pinned memory of two experts, which costs the host a copy; for files that are mapped and
-systems that pin no more."""
+Pinning = Literal["register", "given", "bounce"]
+"""How weights leave the host. `register`: from where they are, which is pinned at `open`. `given`:
+from where they are, which is pinned already. `bounce`: through pinned memory of two experts, which
+costs the host a copy; for files that are mapped and systems that pin no more."""
 
 FEW = 8
 """Tokens of an expert up to which its weights are read by the kernels for few tokens."""
@@ -299,6 +299,7 @@ class CudaDevice:
         self._sources = [bytes_of(of.data) for of in self._layers]
         if self._pinning == "bounce":
             self._bounce = [(self._backend.pinned((largest,), torch.uint8), []) for _ in range(2)]
+        if self._pinning != "register":
             return
         for i, of in enumerate(self._layers):
             if any(of.data is other.data for other in self._pinned):
