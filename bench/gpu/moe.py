@@ -1,4 +1,4 @@
-"""Experts on one device and beside the CPU: kernels against the memory, schedules against schedules.
+"""Experts on one device and beside the CPU: kernels against memory, schedules against schedules.
 
 Weights are random packed bytes, whose values no time depends on. Routing is replayed from traces of
 small trained models; hidden states are random and on the host. Attention and all else of a model is
@@ -141,7 +141,7 @@ def cuda_machine(device: torch.device) -> Machine:
 
 
 def measure(chosen: Iterable[Case], machine: Machine) -> Iterator[Row]:
-    """One row a case; a row whose result is wrong, or that came too late, has no figure and says so."""
+    """One row a case; one with a wrong result, or without time left, says so and has no figure."""
     end = machine.clock() + machine.seconds
     before = torch.get_num_threads()
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
@@ -229,7 +229,9 @@ def _kernel(case: KernelCase, machine: Machine, row: Row) -> None:
     name = "copy of 1 GiB, bytes read and written" if few else f"torch.mm bf16 {SIDE}^3"
     row.limit = LimitResult(name, rate / scale, unit)
     row.percent_of_limit = 100 * done / rate
-    row.notes.append(f"{done / scale:.4g} {unit} of weights" if few else f"{done / scale:.4g} {unit}")
+    row.notes.append(
+        f"{done / scale:.4g} {unit} of weights" if few else f"{done / scale:.4g} {unit}"
+    )
 
 
 SIDE = 8192
@@ -365,8 +367,7 @@ def _hybrid(case: HybridCase, machine: Machine, row: Row) -> None:
             )
             _place(systems[name], case, script)
         outputs = {
-            name: [_run(system, step) for step in script[:warm]]
-            for name, system in systems.items()
+            name: [_run(system, step) for step in script[:warm]] for name, system in systems.items()
         }
         want = outputs[ALL_CPU]
         errors = {
@@ -396,7 +397,8 @@ def _hybrid(case: HybridCase, machine: Machine, row: Row) -> None:
         f"per layer: {row_seconds(row) / case.layers * 1e3:.3f} ms",
         f"an expert, {costs.gpu_source}: CPU {1e3 * costs.cpu_seconds([1])[0]:.3f} ms, device "
         f"{1e3 * costs.gpu([1])[0]:.3f} ms, bus {1e3 * costs.transfer:.3f} ms",
-        f"routing of {routing(case.shape.count, case.top_k).meta['name']}; fixed mapping has the most used experts",
+        f"routing of {routing(case.shape.count, case.top_k).meta['name']}; the fixed mapping has "
+        "the experts that are used most",
     ]
 
 

@@ -44,9 +44,8 @@ cudaError_t launch_gate_up(const Args& a, cudaStream_t stream) {
         constexpr int kTokens = decltype(tokens)::value;
         const std::int64_t blocks = grid(a, ceil_div<std::int64_t>(a.f, kUnit), kTokens);
         return blocks == 0 ? cudaErrorInvalidValue
-                           : launch(experts_gate_up_kernel<Format, kTokens>, blocks,
-                                    dim3(kThreads), 2 * Chunk<kTokens, kGateUpBlocks>::kBytes,
-                                    stream, a);
+                           : launch(experts_gate_up_kernel<Format, kTokens>, blocks, dim3(kThreads),
+                                    2 * Chunk<kTokens, kGateUpBlocks>::kBytes, stream, a);
     });
 }
 

@@ -17,17 +17,17 @@ namespace {
 using Args = QsExperts;
 
 // Of the packed layout.
-constexpr int kRows = 16;    // outputs of a block
-constexpr int kLine = 64;    // bytes: 4 of every output of a block
-constexpr int kGroup = 32;   // inputs that share an activation's scale
-constexpr int kAlign = 64;   // bytes, of a block
-constexpr int kUnit = 32;    // feed-forward outputs of a thread block: a group of down's inputs
-constexpr int kWords = 8;    // of 4 activations of a group
+constexpr int kRows = 16;   // outputs of a block
+constexpr int kLine = 64;   // bytes: 4 of every output of a block
+constexpr int kGroup = 32;  // inputs that share an activation's scale
+constexpr int kAlign = 64;  // bytes, of a block
+constexpr int kUnit = 32;   // feed-forward outputs of a thread block: a group of down's inputs
+constexpr int kWords = 8;   // of 4 activations of a group
 
 constexpr int kThreads = 256;
-constexpr int kQuads = kRows / 4;                        // 16 bytes of a line are 4 outputs
-constexpr int kChunk = kThreads / kQuads / 2;            // groups that are in shared memory
-constexpr int kGateUpBlocks = 2 * kUnit / kRows;         // of a thread block: gate and up in turns
+constexpr int kQuads = kRows / 4;                 // 16 bytes of a line are 4 outputs
+constexpr int kChunk = kThreads / kQuads / 2;     // groups that are in shared memory
+constexpr int kGateUpBlocks = 2 * kUnit / kRows;  // of a thread block: gate and up in turns
 constexpr int kDownBlocks = 2;
 constexpr int kMostTokens = 4;  // of a thread block
 constexpr float kLargest = std::numeric_limits<float>::max();
@@ -121,8 +121,8 @@ __device__ void quantize(float value, bool real, const Rows& to, std::int64_t gr
 __global__ void __launch_bounds__(kThreads) experts_quantize_kernel(const Args a) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int groups = gate_up(a).groups;
-    const std::int64_t at = std::int64_t{blockIdx.x} * (kThreads / kWarp) +
-                            static_cast<int>(threadIdx.x) / kWarp;
+    const std::int64_t at =
+        std::int64_t{blockIdx.x} * (kThreads / kWarp) + static_cast<int>(threadIdx.x) / kWarp;
     if (at >= a.t * groups) {
         return;  // a whole warp
     }
@@ -171,12 +171,12 @@ struct Chunk {
     static constexpr std::size_t kProductBytes = sizeof(float) * T * kChunk * kOutputs;
     static constexpr std::size_t kBytes = kProductBytes + 2 * kChunk * kOutputs;
 
-    float* products;       // [T][kChunk][kOutputs] whole numbers
+    float* products;        // [T][kChunk][kOutputs] whole numbers
     std::uint16_t* scales;  // [kChunk][kOutputs] bf16 of int4
 
     __device__ explicit Chunk(int turn)
-        : products(reinterpret_cast<float*>(qs_shared_memory +
-                                            static_cast<std::size_t>(turn) * kBytes)),
+        : products(
+              reinterpret_cast<float*>(qs_shared_memory + static_cast<std::size_t>(turn) * kBytes)),
           scales(reinterpret_cast<std::uint16_t*>(
               qs_shared_memory + static_cast<std::size_t>(turn) * kBytes + kProductBytes)) {}
 
@@ -231,8 +231,8 @@ __device__ float ordered_product(const Args& a, const Matrix& m, const unsigned 
                 }
                 const unsigned char* from = first + block * m.block_bytes;
                 int dots[T][4] = {};
-                group_dots<Format, T>(
-                    from + group * (kGroup * kRows * Format / 8) + quad * 16, codes, dots);
+                group_dots<Format, T>(from + group * (kGroup * kRows * Format / 8) + quad * 16,
+                                      codes, dots);
                 const int to = Shared::place(local, block) + quad * 4;
                 unsigned zeros = 0x08080808U;
                 if (Format == QS_INT4) {
@@ -372,9 +372,7 @@ __global__ void __launch_bounds__(kThreads, 2) experts_down_kernel(const Args a)
     if (task.count <= 0) {
         return;
     }
-    const auto row_of = [&](int t) -> std::int64_t {
-        return task.first + min(t, task.count - 1);
-    };
+    const auto row_of = [&](int t) -> std::int64_t { return task.first + min(t, task.count - 1); };
     const int block = task.part * kDownBlocks;
     const int blocks = min(kDownBlocks, m.blocks - block);
     const unsigned char* from =

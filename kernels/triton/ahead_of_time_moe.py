@@ -1,4 +1,7 @@
-"""Compiles the kernels of experts for chips that are not here, as `ahead_of_time` does attention's."""
+"""Compiles the kernels of experts for chips that are not here, as `ahead_of_time` attention's.
+
+What is read is machine code; nothing is run on a GPU.
+"""
 
 import multiprocessing
 import os
@@ -133,7 +136,9 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     number = 0
     print("compiled, not run on a GPU\n")
-    print("chip   kernel  weights    tokens x outputs x inputs warps stages registers spilled shared")
+    print(
+        "chip   kernel  weights    tokens x outputs x inputs warps stages registers spilled shared"
+    )
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for (build, chip), usage in zip(jobs, pool.map(_attempt, jobs), strict=True):
             broken = broken_promises(chip, usage)

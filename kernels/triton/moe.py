@@ -7,10 +7,10 @@ Weights are read as csrc/gemm/README.md lays them out for the CPU, so that the b
 are the same on both sides of the bus and nothing is repacked. A 32-bit word holds 8, 4 or 2 inputs
 (int4, int8, bf16) of one output, and the words of 16 outputs lie beside each other.
 
-A program makes BLOCK_N outputs of up to BLOCK_T assignments of one expert, as w x^T: the weights are
-the left operand, which a tensor core takes from registers, where they are unpacked. They become
-bf16 there, which rounds the product of code and scale; sums are fp32. Whatever the tile, a result
-depends on its own token alone.
+A program makes BLOCK_N outputs of up to BLOCK_T assignments of one expert, as w x^T: the weights
+are the left operand, which a tensor core takes from registers, where they are unpacked. They
+become bf16 there, which rounds the product of code and scale; sums are fp32. Whatever the tile, a
+result depends on its own token alone.
 
 Oracle: quernstone.moe.reference.experts.
 """
@@ -36,10 +36,8 @@ def unpacked(words, BITS: tl.constexpr):
     """[n, k] fp32 codes of words [n, k / inputs of a word]; int4 without its zero points."""
     COUNT: tl.constexpr = 32 // BITS
     i = tl.arange(0, COUNT)
-    if BITS == 4:
-        shift = 8 * (i % 4) + 4 * (i // 4)  # the low halves of the bytes come first
-    else:
-        shift = BITS * i
+    # Of int4, the low halves of the bytes come first.
+    shift = 8 * (i % 4) + 4 * (i // 4) if BITS == 4 else BITS * i
     codes = (words[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
     codes = tl.reshape(codes, (words.shape[0], words.shape[1] * COUNT))
     if BITS == 16:

@@ -1,8 +1,8 @@
 """Block sizes of the grouped experts: what runs on a chip for how many tokens of an expert.
 
 Every row compiles without spilling registers, within the chip's shared memory and with its matrix
-instructions, for each format. That is read from machine code (see `ahead_of_time_moe`); which row is
-fast, only a GPU can tell.
+instructions, for each format. That is read from machine code (see `ahead_of_time_moe`); which row
+is fast, only a GPU can tell.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class Config(NamedTuple):
 _ALL = CHIPS
 _BIG = (80, 90, 100)  # in shared memory
 
-# By the tokens of an expert, with where they fit: steps of 32 inputs leave room for what weights are
-# unpacked to.
+# By the tokens of an expert, with where they fit: steps of 32 inputs leave room for the weights as
+# they are unpacked.
 _TABLE: tuple[tuple[Config, tuple[int, ...]], ...] = (
     (Config(16, 64, 32, 4, 4), _ALL),
     (Config(32, 64, 32, 4, 4), _ALL),

@@ -67,9 +67,7 @@ def test_a_hybrid_row_has_every_baseline_and_the_outputs_of_the_cpu(phase: moe.P
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 64])
-def test_a_kernel_row_compares_then_times(
-    tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_row_compares_then_times(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Kernels here all round activations to 8 bits.
     monkeypatch.setitem(moe.TOLERANCE, "grouped", 0.03)
     found = row(moe.KernelCase("tiny", tokens, SHAPE, 2))

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from quernstone.moe import Experts, ExpertsShape
 
-
 Order = Literal["random", "first", "last"]
-"""Which queue goes on: any, or always the one that was made first, or last, while it need not wait."""
+"""Which queue goes on: any, or while it need not wait the one that was made first, or last."""
 
 
 class FakeEvent:
@@ -36,7 +35,8 @@ class FakeEvent:
         self.backend.run_until(lambda: self.at is not None)
 
     def seconds_after(self, other: FakeEvent) -> float:
-        assert self.at is not None and other.at is not None
+        assert self.at is not None
+        assert other.at is not None
         return self.at - other.at
 
 

@@ -89,7 +89,11 @@ def test_tiles_hold_every_assignment_once() -> None:
 
 
 def test_tables_arrive_as_they_are() -> None:
-    tables = [np.arange(3), np.arange(5, dtype=np.int32), np.arange(6, dtype=np.int32).reshape(2, 3)]
+    tables = [
+        np.arange(3),
+        np.arange(5, dtype=np.int32),
+        np.arange(6, dtype=np.int32).reshape(2, 3),
+    ]
     for got, want in zip(to_device(tables, torch.device("cpu")), tables, strict=True):
         assert torch.equal(got, torch.from_numpy(want))
         assert got.data_ptr() % 16 == 0
@@ -105,5 +109,5 @@ def test_a_call_without_tokens_queues_nothing() -> None:
 
 def test_tokens_in_fp32_are_refused_by_name() -> None:
     call = DeviceCase(ExpertsShape(2, 64, 32), (1,)).make()
-    with pytest.raises(TypeError, match="x.dtype: got torch.float32, expected torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"x\.dtype: got torch\.float32, expected torch\.bfloat16"):
         grouped_experts(*call.arguments)

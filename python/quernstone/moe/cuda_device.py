@@ -1,7 +1,7 @@
 """A CUDA device that computes experts beside the CPU.
 
 Two streams: one brings weights to slots, the other computes. An expert's weights come in two tiles,
-gate with up and then down, an event behind each: its first half begins when the first tile is there.
+gate with up and then down, an event behind each: its first half begins when the first is there.
 
 Axes: l layers, t tokens, m hidden width, n rows of one step, a token of an expert each.
 """
@@ -110,7 +110,18 @@ class CudaDevice:
         self._costs = costs
         self._backend: Backend = Streams(device) if backend is None else backend
         self._open = False
-        self._layers: Sequence[Experts] = ()
+        self._layers: list[Experts]
+        self._memory: Tensor | None
+        self._slots: dict[tuple[int, int], _Slot]
+        self._staging: list[_Slot]
+        self._pinned: list[Experts]
+        self._bounce: list[tuple[Tensor, list[Any]]]
+        self._pending: deque[_Load]
+        self._flying: list[Any]
+        self._outputs: list[tuple[Tensor, Any]]
+        self._x: list[tuple[Tensor, dict[torch.dtype, Tensor]]]
+        self._spans: list[_Span]
+        self._sources: list[Tensor]
         self._reset()
 
     @property
@@ -146,7 +157,6 @@ class CudaDevice:
         self._memory = self._backend.empty(max(total, 64))
         self._layers, self._reproducible = list(layers), reproducible
         at = 0
-        self._slots = {}
         for layer, (count, size) in enumerate(zip(slots, sizes, strict=True)):
             for slot in range(count):
                 self._slots[layer, slot] = _Slot(at)
@@ -199,7 +209,7 @@ class CudaDevice:
         room = self._backend.pinned((total, shape.hidden), torch.float32)
         starts = np.cumsum([0, *(len(one.tokens) for one in work)]).tolist()
         # What is there goes first and together; what is on its way one by one, as it arrives.
-        batches: dict[tuple[bool, int], list[int]] = {}
+        batches: dict[tuple[int, bool], list[int]] = {}
         for i, one in enumerate(work):
             if not len(one.tokens):
                 continue
@@ -207,7 +217,9 @@ class CudaDevice:
             if found.pending is not None:
                 self._begin_until(found.pending)
             if not found.arrived:
-                raise ValueError(f"slot: got {one.slot} of layer {layer}, expected one with weights")
+                raise ValueError(
+                    f"slot: got {one.slot} of layer {layer}, expected one with weights"
+                )
             late = i if any(not event.done() for event in found.arrived) else -1
             batches.setdefault((late, self._few(shape, len(one.tokens))), []).append(i)
         for (_, few), chosen in sorted(batches.items()):
@@ -251,7 +263,9 @@ class CudaDevice:
             if not span.end.done():
                 kept.append(span)
                 continue
-            begin, end = (self._clock + e.seconds_after(self._origin) for e in (span.begin, span.end))
+            begin, end = (
+                self._clock + e.seconds_after(self._origin) for e in (span.begin, span.end)
+            )
             kind = "compute" if span.resource == "gpu" else "transfer"
             found.append((span.resource, begin, end, span.label, kind))
         self._spans = kept
@@ -269,17 +283,17 @@ class CudaDevice:
     def _reset(self) -> None:
         self._layers = []
         self._reproducible = False
-        self._memory: Tensor | None = None
-        self._slots: dict[tuple[int, int], _Slot] = {}
-        self._staging: list[_Slot] = []
-        self._pinned: list[Experts] = []
-        self._bounce: list[tuple[Tensor, list[Any]]] = []
-        self._pending: deque[_Load] = deque()
-        self._flying: list[Any] = []
-        self._outputs: list[tuple[Tensor, Any]] = []
-        self._x: list[tuple[Tensor, dict[torch.dtype, Tensor]]] = []
-        self._spans: list[_Span] = []
-        self._sources: list[Tensor] = []
+        self._memory = None
+        self._slots = {}
+        self._staging = []
+        self._pinned = []
+        self._bounce = []
+        self._pending = deque()
+        self._flying = []
+        self._outputs = []
+        self._x = []
+        self._spans = []
+        self._sources = []
 
     def _expect_open(self) -> None:
         if not self._open:
@@ -489,8 +503,6 @@ def measured_costs(
         call.gate_up()
         call.down()
 
-    gpu = Curve(
-        tuple(loads), tuple(seconds(partial(experts, load)) / _TOGETHER for load in loads)
-    )
+    gpu = Curve(tuple(loads), tuple(seconds(partial(experts, load)) / _TOGETHER for load in loads))
     note = f"{model.note.split(';')[0]}; GPU: {backend.name}, the kernels that run"
     return replace(model, gpu=gpu, transfer=transfer, gpu_source="measured", note=note)

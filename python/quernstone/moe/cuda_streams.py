@@ -136,13 +136,13 @@ class Streams:
     """A CUDA device by way of torch."""
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
-        self.device = torch.device(device)
-        if self.device.type != "cuda":
+        wanted = torch.device(device)
+        if wanted.type != "cuda":
             raise ValueError(f"device: got {device}, expected a CUDA device")
         if not torch.cuda.is_available():
             raise ValueError(f"device: got {device}, expected one that torch sees: it sees none")
-        if self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        named = str(wanted) != "cuda"
+        self.device = wanted if named else torch.device("cuda", torch.cuda.current_device())
 
     @property
     def name(self) -> str:

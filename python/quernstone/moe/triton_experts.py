@@ -110,8 +110,8 @@ def grouped_experts(
 ) -> Call:
     """down(silu(gate(x)) * up(x)) of each assignment, without the router's weight.
 
-    Weights and activations are multiplied as bf16, sums are fp32. A row depends on its own token and
-    on which configuration runs, which the largest of `counts` decides.
+    Weights and activations are multiplied as bf16, sums are fp32. A row depends on its own token
+    and on which configuration runs, which the largest of `counts` decides.
 
     Args:
         shape: of the layer; its count is not used.
