@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quernstone import _core
 from quernstone.moe import ExpertsShape
 from quernstone.moe.cuda_experts import Library, few_tokens
 from tests.cpp.conftest import build
@@ -72,7 +73,12 @@ def test_has_the_bits_of_the_cpu(case: DeviceCase, run: Run) -> None:
     call = case.make()
     got = run(call)
     assert got.shape == (len(call.tokens), case.shape.hidden)
-    assert same_bits(got, call.on_the_cpu())
+    before = _core.isa()
+    for isa in _core.isas():
+        _core.set_isa(isa)
+        want = call.on_the_cpu()
+        _core.set_isa(before)
+        assert same_bits(got, want), isa
 
 
 @pytest.mark.parametrize("case", FEW_TOKENS[::4], ids=str)
