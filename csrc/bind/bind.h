@@ -22,4 +22,7 @@ void register_moe_cache(pybind11::module_& moe);
 void register_moe_schedule(pybind11::module_& moe);
 void register_moe_runtime(pybind11::module_& moe);
 
+// The operator of experts with torch.
+void register_moe_operator();
+
 }  // namespace quernstone::bind

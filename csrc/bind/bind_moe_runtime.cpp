@@ -281,9 +281,26 @@ class Emulated {
     std::vector<Array<std::uint8_t>> kept_;
 };
 
+// Seconds of each round trip to a worker that is parked when its task is posted.
+std::vector<double> seconds_of_round_trips(std::int64_t count) {
+    Worker worker;
+    raise(worker.start());
+    std::vector<double> found;
+    for (std::int64_t i = 0; i < count; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        const auto begin = Clock::now();
+        worker.await(worker.post(Task([] { return Status{}; })));
+        found.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
+    }
+    return found;
+}
+
 }  // namespace
 
 void register_moe_runtime(py::module_& m) {
+    m.def("seconds_of_round_trips", &seconds_of_round_trips, py::arg("count"),
+          py::call_guard<py::gil_scoped_release>(), "To a worker that is parked, each by itself.");
+
     py::class_<Runtime>(m, "Runtime", "Plans steps and computes the CPU's share of them.")
         .def(py::init<const std::vector<std::pair<std::int64_t, std::int64_t>>&, std::int64_t,
                       const Curve&, const Curve&, double, double, const std::string&,

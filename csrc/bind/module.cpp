@@ -72,6 +72,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         [m](const std::string& libtorch_cpu) mutable {
             if (shim::load(libtorch_cpu)) {
                 bind::register_attention(m);
+                bind::register_moe_operator();
             }
         },
         py::arg("libtorch_cpu"), "Registers the operators with torch. A second call does nothing.");

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "common/pages.h"
 
@@ -146,15 +147,11 @@ Status EmulatedDevice::compute(std::int64_t layer, std::int64_t expert, std::int
             hidden_ = experts.hidden;
         }
         QS_TRY(same("x.shape[1]", hidden_, "that of this step's other experts,", experts.hidden));
-        const auto needed = static_cast<std::size_t>((row_count_ + count) * hidden_);
-        if (needed > rows_.size()) {
-            gpu_.await(gpu_.posted());  // it writes to them
-            rows_.resize(std::max(needed, 2 * rows_.size()));
-        }
+        std::vector<float> rows(static_cast<std::size_t>(count * hidden_));
         jobs_.push_back({of,
                          x,
                          {tokens.begin(), tokens.end()},
-                         row_count_,
+                         std::move(rows),
                          layer,
                          expert,
                          of->loaded,
@@ -164,7 +161,7 @@ Status EmulatedDevice::compute(std::int64_t layer, std::int64_t expert, std::int
         return no_memory("rows", (row_count_ + count) * hidden_);
     }
     row_count_ += count;
-    const ComputeJob* job = &jobs_.back();
+    ComputeJob* job = &jobs_.back();
     of->computed = gpu_.post(Task([this, job] { return perform(*job); }));
     return {};
 }
@@ -189,7 +186,7 @@ Status EmulatedDevice::perform(const LoadJob& job) {
     return {};
 }
 
-Status EmulatedDevice::perform(const ComputeJob& job) {
+Status EmulatedDevice::perform(ComputeJob& job) {
     bus_.await(job.after);
     const double begun = seconds_of(Clock::now());
     Experts one = layers_[static_cast<std::size_t>(job.layer)];
@@ -207,7 +204,7 @@ Status EmulatedDevice::perform(const ComputeJob& job) {
     const ForwardArgs args{{inputs.data(), {count, hidden_}, {hidden_, 1}},
                            {&expert, {count, 1}, {0, 0}},
                            {&weight, {count, 1}, {0, 0}},
-                           {rows_.data() + job.first * hidden_, {count, hidden_}, {hidden_, 1}},
+                           {job.rows.data(), {count, hidden_}, {hidden_, 1}},
                            compute_};
     QS_TRY(forward(one, args, 1));
     const double free = std::max({gpu_free_, job.issued, job.slot->arrival});
@@ -236,7 +233,17 @@ bool EmulatedDevice::wait(Clock::duration most) noexcept {
 }
 
 Status EmulatedDevice::collect(View<const float, 2>& rows) noexcept {
-    const Status status = gpu_.finish();
+    Status status = gpu_.finish();
+    try {
+        rows_.resize(static_cast<std::size_t>(row_count_ * hidden_));
+        float* to = rows_.data();
+        for (const ComputeJob& job : jobs_) {
+            to = std::copy(job.rows.begin(), job.rows.end(), to);
+        }
+    } catch (const std::bad_alloc&) {
+        status = no_memory("rows", row_count_ * hidden_);
+        row_count_ = 0;
+    }
     jobs_.clear();
     rows = {rows_.data(), {row_count_, hidden_}, {hidden_, 1}};
     row_count_ = 0;

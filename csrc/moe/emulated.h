@@ -80,7 +80,8 @@ class EmulatedDevice {
         Slot* slot;
         View<const float, 2> x;
         std::vector<std::int64_t> tokens;
-        std::int64_t first, layer, expert;
+        std::vector<float> rows;  // [k, m]
+        std::int64_t layer, expert;
         std::uint64_t after;
         double issued, seconds;
     };
@@ -92,7 +93,7 @@ class EmulatedDevice {
         return (*states_)[ticket % Worker::kQueue];
     }
     [[nodiscard]] Status perform(const LoadJob& job);
-    [[nodiscard]] Status perform(const ComputeJob& job);
+    [[nodiscard]] Status perform(ComputeJob& job);
     // Waits until the worker's time is up, notes what was done, and gives the emulated end.
     double settle(const Worker& worker, double free, double seconds, Record record);
 

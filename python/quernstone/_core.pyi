@@ -128,6 +128,8 @@ class moe:
     def cancel(
         transfer: _Floats, needed: NDArray[np.bool_], elapsed: float, tiles: int, now: float
     ) -> tuple[NDArray[np.bool_], _Floats, float]: ...
+    @staticmethod
+    def seconds_of_round_trips(count: int) -> list[float]: ...
 
     class Runtime:
         def __init__(

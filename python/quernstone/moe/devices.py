@@ -203,8 +203,8 @@ class EmulatedDevice:
         core, curve, _, factor = self._open()
         rows = x.numpy()
         seconds = (factor * curve([len(one.tokens) for one in work])).tolist()
-        for one, time in zip(work, seconds, strict=True):
-            core.compute(layer, one.expert, one.slot, rows, one.tokens, time)
+        for one, length in zip(work, seconds, strict=True):
+            core.compute(layer, one.expert, one.slot, rows, one.tokens, length)
 
     def collect(self) -> Tensor:
         return torch.from_numpy(self._open().core.collect())

@@ -6,6 +6,7 @@ Axes: t tokens, c choices of a token, e experts, m hidden width, l layers.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from quernstone.moe.cost import CostModel, Curve
 from quernstone.moe.devices import Device, EmulatedDevice, Work
 from quernstone.moe.experts import Experts
 from quernstone.moe.schedule import MAX_DISTANCE, Interval, Policy
+from quernstone.moe.torch_op import bind_experts
 from quernstone.plan import Interval as PlanInterval
 from quernstone.plan import Plan
 
@@ -79,6 +81,7 @@ class Runtime:
             raise ValueError("cache: got 'belady', expected a policy that does not know the future")
         if not 0 <= whole("prefetch", prefetch) <= MAX_DISTANCE:
             raise ValueError(f"prefetch: got {prefetch}, expected 0 to {MAX_DISTANCE}")
+        self.device = device
         self._experts = list(layers.values())
         self._modules = {
             name: HybridMoE(of, _Place(self, i)) for i, (name, of) in enumerate(layers.items())
@@ -86,7 +89,6 @@ class Runtime:
         self._routers: dict[int, Router] = {}
         self._prefetch = prefetch
         self._slots = _slots(slots, self._experts)
-        self._device = device
         self._core: _core.moe.Runtime | None = None
         self._lock = threading.Lock()
         self._recording: Recording | None = None
@@ -120,7 +122,7 @@ class Runtime:
     @property
     def slots(self) -> tuple[int, ...]:
         """Of each layer on the device."""
-        return tuple(self._slots) if self._device is not None else (0,) * len(self._slots)
+        return tuple(self._slots) if self.device is not None else (0,) * len(self._slots)
 
     def layer(self, name: str) -> HybridMoE:
         """The module of a layer.
@@ -177,24 +179,24 @@ class Runtime:
     @contextlib.contextmanager
     def recording(self) -> Iterator[Recording]:
         """Records what is done within, and what was predicted. Without a device, nothing is."""
-        recording = Recording(self._device, tuple(self._modules))
-        if self._device is not None:
-            self._device.times()  # what was before
+        recording = Recording(self.device, tuple(self._modules))
+        if self.device is not None:
+            self.device.times()  # what was before
         self._recording = recording
         try:
             yield recording
         finally:
             self._recording = None
-            if self._device is not None and not self._closed:
-                recording.real += self._device.times()
+            if self.device is not None and not self._closed:
+                recording.real += self.device.times()
 
     def close(self) -> None:
         """Ends the workers and gives the device back; may be called twice."""
         with self._lock:
             self._closed = True
             self._core = None
-            if self._device is not None:
-                self._device.close()
+            if self.device is not None:
+                self.device.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -208,21 +210,21 @@ class Runtime:
         self.close()
 
     def _bring(self, layer: int, experts: Iterable[int]) -> None:
-        assert self._core is not None and self._device is not None
-        untimed = contextlib.nullcontext()
-        if isinstance(self._device, EmulatedDevice):
-            untimed = self._device.untimed()
-        with untimed:
+        core, device = self._opened()
+        with device.untimed() if isinstance(device, EmulatedDevice) else contextlib.nullcontext():
             for expert in experts:
-                self._device.load(layer, expert, self._core.place(layer, expert))
+                device.load(layer, expert, core.place(layer, expert))
+
+    def _opened(self) -> tuple[_core.moe.Runtime, Device]:
+        if self._core is None or self.device is None:
+            raise ValueError("runtime: got one that is closed, expected an open one")
+        return self._core, self.device
 
     def _run(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, scores: Tensor | None
     ) -> Tensor:
         with self._lock:
-            core, device = self._core, self._device
-            if core is None or device is None:
-                raise ValueError("runtime: got one that is closed, expected an open one")
+            core, device = self._opened()
             try:
                 return self._step(core, device, layer, x, ids, weights, scores)
             except BaseException:
@@ -376,6 +378,9 @@ class HybridMoE(nn.Module):
             raise TypeError(f"experts: got {type(given).__name__}, expected Experts")
         self.experts = experts
         self.place = place
+        self._here = place is None or place.runtime.device is None
+        self._call = bind_experts(experts)
+        self._file = _mapping(experts)
 
     def forward(
         self, x: Tensor, ids: Tensor, weights: Tensor, scores: Tensor | None = None
@@ -396,11 +401,42 @@ class HybridMoE(nn.Module):
                 closed.
             RuntimeError: a worker or the device failed. The runtime may be used again.
         """
-        place = self.place
-        if place is None or place.runtime._device is None:
-            return self.experts(x, ids, weights)
+        if self._file is not None and self._file.size() < len(self._file):
+            # Reading what is no longer there would end the process.
+            raise ValueError(
+                f"experts: the file of the experts has {self._file.size()} bytes left, expected "
+                f"{len(self._file)}, as when it was mapped"
+            )
+        if self._here:
+            try:
+                return self._call(x, ids, weights)
+            except Exception:
+                check_call(x, ids, weights, self.experts.shape.hidden)
+                raise
         check_call(x, ids, weights, self.experts.shape.hidden)
-        return place.runtime._run(place.layer, x, ids, weights, scores)
+        assert self.place is not None
+        return self.place.runtime._run(self.place.layer, x, ids, weights, scores)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What computes is made again where the experts are.
+        made = ("_call", "_file")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._call = bind_experts(self.experts)
+        self._file = _mapping(self.experts)
+
+
+def _mapping(experts: Experts) -> mmap.mmap | None:
+    """The mapped file that the weights lie in."""
+    at: Any = experts.data
+    while at is not None and not isinstance(at, mmap.mmap):
+        at = at.obj if isinstance(at, memoryview) else getattr(at, "base", None)
+    # Memory that is no file has no size of its own.
+    with contextlib.suppress(OSError, ValueError):
+        return at if at is not None and at.size() == len(at) else None
+    return None
 
 
 def check_call(x: Any, ids: Any, weights: Any, hidden: int) -> None:
