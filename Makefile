@@ -64,6 +64,7 @@ gpu:
 
 gpu-check: .venv/built
 	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time
+	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time_moe
 
 wheel: .venv/packages
 	rm -rf dist
