@@ -577,4 +577,11 @@ Status count_ones(const Integers& run, int bits, bool is_signed, int threads, On
     return {};
 }
 
+void load_repeatedly(const std::byte* at, std::int64_t bytes, std::int64_t repeats,
+                     int threads) noexcept {
+    const Kernels& kernels = active_kernels();
+    parallel_for(threads, threads,
+                 [&](std::int64_t /*thread*/) noexcept { kernels.loads(at, bytes, repeats); });
+}
+
 }  // namespace quernstone::pim
