@@ -72,6 +72,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         [m](const std::string& libtorch_cpu) mutable {
             if (shim::load(libtorch_cpu)) {
                 bind::register_attention(m);
+                bind::register_moe_operator();
             }
         },
         py::arg("libtorch_cpu"), "Registers the operators with torch. A second call does nothing.");
@@ -84,6 +85,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind::register_moe_experts(moe);
     bind::register_moe_cache(moe);
     bind::register_moe_schedule(moe);
+    bind::register_moe_runtime(moe);
     auto pim = m.def_submodule("pim", "Bit-serial macros: ones, toggles and products.");
     bind::register_pim(pim);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
