@@ -26,4 +26,7 @@ void register_moe_runtime(pybind11::module_& moe);
 // The operator of experts with torch.
 void register_moe_operator();
 
+// Functions of _core.pim.
+void register_pim(pybind11::module_& pim);
+
 }  // namespace quernstone::bind
