@@ -14,7 +14,8 @@ from quernstone.bench.cases.pim_networks import NETWORKS, Network, deviation, ta
 from quernstone.bench.fidelity import layer_snr
 from quernstone.bench.harness import Absent, Measure, rows
 from quernstone.bench.optional import GET_MODELS
-from quernstone.pim.network import Candidates, Compressed, calibrate
+from quernstone.pim import Macro, toggle_rate
+from quernstone.pim.network import Candidates, Compressed, calibrate, integer_inputs
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,13 +105,81 @@ def bench_cut(case: NetworkCase, measure: Measure) -> None:
         case, measure, "ones cut, int8 per channel, without training", "%",
         lambda: 100 * compressed(name)[0].cut, notes,
     )  # fmt: skip
-    if case.quick:
-        found = compressed(name)[0]
+    if case.quick or name == "minilm":
         measure.panel(
-            "Hamming rate, layer by layer",
-            figures_pim.layers({name: found.layers}),
-            f"{name}: every weight of the network at its nearest integer, and rounded to few ones.",
+            f"Hamming rate of {name}, layer by layer",
+            figures_pim.layers({name: compressed(name)[0].layers}),
+            "Every layer with its weights at the nearest integers of 8 bits, and rounded to few "
+            "ones at the operating point of this row.",
         )
+
+
+VECTORS = 16
+
+
+@rows(*_cases("toggles", "classifier", "minilm"))
+def bench_toggles(case: NetworkCase, measure: Measure) -> None:
+    """Toggles of the widest layer on real inputs of 8 bits, the lowest bit first."""
+    name = case.network.name
+    found: dict[str, object] = {}
+
+    def compute() -> float:
+        network = compressed(name)[0]
+        weight = max(
+            (codes.weight for codes in network.codes.values() if codes.weight.groups == 1),
+            key=lambda weight: weight.size,
+        )
+        inputs = integer_inputs(network.int8, case.network.inputs("held-out")[0], weight, VECTORS)
+        macro = Macro(rows=inputs.shape[1], banks=weight.shape[0])
+        rates = []
+        for codes in (network.nearest, network.codes):
+            stored = codes[weight.constant].stored.reshape(weight.shape[0], -1)
+            rates.append(toggle_rate(stored, inputs, macro, "macro")[0, :, 0])
+        found.update(
+            name=weight.name, rates=rates,
+            bounds=(
+                network.nearest[weight.constant].hamming_rate,
+                network.codes[weight.constant].hamming_rate,
+            ),
+        )  # fmt: skip
+        return 100 * (1 - float(rates[1].mean() / rates[0].mean()))
+
+    _value(
+        case, measure, "toggles cut in the widest layer, real inputs of 8 bits", "%", compute,
+        lambda: [f"{found['name']}, {VECTORS} vectors of held-out inputs, lowest bit first"],
+    )  # fmt: skip
+    before, after = found["rates"]  # type: ignore[misc]
+    measure.panel(
+        f"Rtog of {name}, {found['name']}",
+        figures_pim.toggles(before, after, found["bounds"]),  # type: ignore[arg-type]
+        f"Share of cell products that toggle in each cycle, {VECTORS} vectors of held-out inputs "
+        "one bit after the other; dashed the Hamming rates, which no input exceeds.",
+    )
+
+
+@rows(*_cases("frontier", "classifier", "minilm"))
+def bench_frontier(case: NetworkCase, measure: Measure) -> None:
+    """Ones cut where every layer's output is at 30 dB on average, on calibration inputs."""
+    name = case.network.name
+
+    def compute() -> float:
+        return 100 * tried(name).choose(30.0).cut
+
+    _value(case, measure, "ones cut at 30 dB, the same for every network", "%", compute)
+    points = []
+    for snr in (24.0, 28.0, 32.0, 36.0, 40.0):
+        network = tried(name).choose(snr)
+        ratios = layer_snr(network.int8, network.network, case.network.inputs("held-out"))
+        kept = case.network.kept(network.int8, network.network)
+        points.append(
+            (float(np.mean(list(ratios.values()))), network.cut, kept >= case.network.least)
+        )
+    measure.panel(
+        f"Ones against fidelity, {name}",
+        figures_pim.frontier({name: points}),
+        "Each point is one choice of every layer's shift, scale and price of a one; filled where "
+        "the network still does what is promised.",
+    )
 
 
 @rows(*_cases("snr"))

@@ -61,9 +61,7 @@ def analyze(
         Path | None,
         typer.Option("--inputs", help="Calibration inputs by name, .npz; networks have their own."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the report as .json.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the report as .json.")] = None,
     export: Annotated[
         Path | None,
         typer.Option("--export", help="With --snr: write the network, .onnx or .safetensors."),
@@ -98,7 +96,9 @@ def analyze(
             _show(console, analysis)
             report[name] = analysis.to_json()
             if snr is not None:
-                rounded = _rounded(name, found, inputs, snr, bits, None if shifts == "best" else allowed)
+                rounded = _rounded(
+                    name, found, inputs, snr, bits, None if shifts == "best" else allowed
+                )
                 _show_rounded(console, rounded)
                 report[name]["rounded"] = [layer._asdict() for layer in rounded.layers]
                 if export is not None:

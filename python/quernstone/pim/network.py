@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quernstone.allocate import allocate
@@ -391,6 +392,47 @@ def compress(
     return candidates.choose(snr, fidelity=fidelity)
 
 
+def integer_inputs(
+    graph: Graph, batch: Inputs, weight: Weight, vectors: int, bits: int = 8
+) -> NDArray[np.int16]:
+    """What a layer multiplies, as signed integers with one scale.
+
+    Args:
+        batch: inputs of the network.
+        weight: of a layer of it, without groups.
+        vectors: how many of the layer's inputs; evenly spread over those of the batch.
+        bits: of an integer, 2 to 16; the largest magnitude has the largest.
+
+    Returns:
+        [v, k], v at most `vectors`.
+
+    Raises:
+        ValueError: a weight of another network or with groups, a number out of range.
+    """
+    if weight.groups > 1:
+        raise ValueError(f"weight: got {weight.name!r} of {weight.groups} groups, expected 1")
+    if vectors < 1 or checks.bits("bits", bits) < 2:
+        raise ValueError(f"vectors, bits: got {vectors}, {bits}, expected 1 and 2 at least")
+    found: list[Tensor] = []
+
+    def watch(node: Node, given: tuple[Tensor | None, ...]) -> list[Tensor] | None:
+        if node.name != weight.node.name:
+            return None
+        made = evaluate(node, given)
+        found.append(rows_of(weight, given, made)[0].T)
+        return made
+
+    with torch.no_grad():
+        graph.run(batch, hook=watch)
+    if not found:
+        raise ValueError(f"weight: got {weight.name!r}, expected one of this graph's")
+    rows = found[0]
+    rows = rows[torch.arange(min(vectors, len(rows))) * len(rows) // min(vectors, len(rows))]
+    most = (1 << (bits - 1)) - 1
+    largest = float(rows.abs().max())
+    return (rows * (most / largest if largest else 0.0)).round().numpy().astype(np.int16)
+
+
 class _Problem:
     """One weight to round: all of it, or some rows of each group.
 
@@ -401,7 +443,7 @@ class _Problem:
     def __init__(
         self,
         weight: Weight,
-        array: np.ndarray,
+        array: NDArray[Any],
         hessian: Tensor,
         upper: Tensor,
         power: float,
