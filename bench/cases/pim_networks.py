@@ -116,8 +116,8 @@ NETWORKS = {
             (0.498, 0.474, 0.456, 0.443),
         ),
         Network(
-            "smollm2", models.smollm2, _windows, 34.0, "%", "bits saved for a byte of text, against int8",
-            _bits, -2.0,
+            "smollm2", models.smollm2, _windows, 34.0, "%",
+            "bits saved for a byte of text, against int8", _bits, -2.0,
         ),
     )
 }  # fmt: skip

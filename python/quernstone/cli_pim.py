@@ -197,9 +197,10 @@ def _show(console: Any, found: Analysis) -> None:
         f"each layer's best shift {found.best_shift:.4f}; 4 bits {found.four_bits:.4f}"
     )
     if found.not_offline:
+        names = ", ".join(found.not_offline[:3]) + (", ..." if len(found.not_offline) > 3 else "")
         console.print(
             f"[dim]{len(found.not_offline)} products of two activations have no rate offline: "
-            f"{', '.join(found.not_offline[:3])}{', ...' if len(found.not_offline) > 3 else ''}[/dim]",
+            f"{names}[/dim]",
             soft_wrap=True,
         )
 

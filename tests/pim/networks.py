@@ -75,6 +75,15 @@ def perceptron() -> Graph:
     )
 
 
+def linear() -> Graph:
+    return Graph(
+        (Node("linear", "linear", ("x", "w", "b"), ("y",)),),
+        (Value("x", "float32", (None, 24)),),
+        ("y",),
+        {"w": normal(40, 24, seed=2), "b": normal(40, seed=3)},
+    )
+
+
 def recurrent() -> Graph:
     return Graph(
         (Node("lstm", "lstm", ("x", "w", "r", "b"), ("y", "hn", "cn")),),

@@ -31,7 +31,8 @@ def test_reports_every_layer(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "r" / "report.json"
     result = _call(str(file), "--out", str(out))
     assert result.exit_code == 0, result.output
-    assert "first" in result.output and "second" in result.output
+    for node in read(file).layers():
+        assert node.name in result.output
     report = json.loads(out.read_text())["net.onnx"]
     want = analyze(read(file))
     assert report["hamming_rate"] == pytest.approx(want.hamming_rate)

@@ -22,9 +22,9 @@ NETWORKS = {
     "1d": networks.conv1d(),
     "transposed": networks.transposed(),
     "transposed, groups": networks.transposed(2),
-    "perceptron": networks.perceptron(),
+    "linear": networks.linear(),
 }
-SHAPES = {"1d": (2, 3, 9), "perceptron": (7, 24)}
+SHAPES = {"1d": (2, 3, 9), "linear": (7, 24), "perceptron": (7, 24)}
 
 
 def _integers(name: str, low: int = -128, high: int = 127) -> torch.Tensor:

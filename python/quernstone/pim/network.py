@@ -36,6 +36,8 @@ _PROBES = (2.0, 8.0)
 _ROWS, _COLUMNS = 64, 4096
 # Ratios beyond are all the same.
 _MOST_DECIBELS = 90.0
+# What a layer above the mean can make up for others.
+_SPARE_DECIBELS = 6.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +277,8 @@ class Candidates:
 
         Args:
             snr: dB, of a layer's output against that with the nearest integers.
-            fidelity: "mean": the mean over the layers is at least `snr`. "each": every layer's is,
+            fidelity: "mean": the mean over the layers is at least `snr`, each counting up to 6 dB
+                above it. "each": every layer's is,
                 where some rounding reaches it. "noise": the relative squared errors, each times its
                 sensitivity, come to no more than if every layer had `snr`.
             sensitivity: by names of layers, for "noise"; 1 for those not named.
@@ -328,9 +331,11 @@ class Candidates:
                 picked.append(min(enough, key=lambda o: o.ones, default=best))
             return picked
         if fidelity == "mean":
-            # In hundredths of a dB below the most that counts.
-            costs = [[round(100 * (_MOST_DECIBELS - r)) for r in ratios] for ratios in decibels]
-            budget = math.floor(100 * len(groups) * (_MOST_DECIBELS - snr))
+            # In tenths of a dB below the most that counts: one layer that is left alone does not
+            # make up for many that are ruined.
+            most = snr + _SPARE_DECIBELS
+            costs = [[round(10 * max(0.0, most - r)) for r in ratios] for ratios in decibels]
+            budget = math.floor(10 * len(groups) * _SPARE_DECIBELS)
         else:
             # In shares of the budget small enough not to matter.
             limit = 10 ** (-snr / 10) * sum(weights)
