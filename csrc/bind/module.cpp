@@ -72,6 +72,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         [m](const std::string& libtorch_cpu) mutable {
             if (shim::load(libtorch_cpu)) {
                 bind::register_attention(m);
+                bind::register_moe_operator();
             }
         },
         py::arg("libtorch_cpu"), "Registers the operators with torch. A second call does nothing.");
@@ -84,8 +85,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind::register_moe_experts(moe);
     bind::register_moe_cache(moe);
     bind::register_moe_schedule(moe);
+<<<<<<< HEAD
     auto pim = m.def_submodule("pim", "Bit-serial macros: ones, toggles and products.");
     bind::register_pim(pim);
+=======
+    bind::register_moe_runtime(moe);
+>>>>>>> origin/main
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");

@@ -2,12 +2,14 @@
 
 `experts` computes them from packed weights, `file` keeps those; `cost` knows what one costs, and
 `schedule` what is computed where; `cache` and `slots` which ones stay on the GPU, `gating` which
-are not needed; `routing` and `trace` what a model's routers choose, `replay` and `simulate` what a
-cache and a schedule would have made of it.
+are not needed; `runtime` runs them, on the CPU and on one of `devices`. `routing` and `trace` know
+what a model's routers choose, `replay` and `simulate` what a cache and a schedule would have made
+of it.
 """
 
 from quernstone.moe import reference, reference_schedule
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
+from quernstone.moe.devices import Device, EmulatedDevice, Work
 from quernstone.moe.experts import Experts, ExpertsShape, route
 from quernstone.moe.file import ExpertsWriter, Memory, load_experts, save_experts
 from quernstone.moe.gating import (
@@ -19,6 +21,7 @@ from quernstone.moe.gating import (
 )
 from quernstone.moe.replay import HitCurve, gap_closed, replay
 from quernstone.moe.routing import moe_blocks, prediction_accuracy, record_routing
+from quernstone.moe.runtime import HybridMoE, Runtime
 from quernstone.moe.schedule import (
     Kept,
     Layer,
@@ -38,10 +41,13 @@ __all__ = [
     "AdaptiveGating",
     "CostModel",
     "Curve",
+    "Device",
+    "EmulatedDevice",
     "Experts",
     "ExpertsShape",
     "ExpertsWriter",
     "HitCurve",
+    "HybridMoE",
     "Kept",
     "Layer",
     "LayerUse",
@@ -49,8 +55,10 @@ __all__ = [
     "ModelShape",
     "Policy",
     "Prefetch",
+    "Runtime",
     "Schedule",
     "Trace",
+    "Work",
     "allocate_slots",
     "cancel",
     "drop_experts",

@@ -28,6 +28,7 @@ _ROLES = {
     "linear": ("weight",),
     "lstm": ("weight", "recurrent"),
 }
+_LEAST_SCALE = 2.0**-40
 # Products of two activations: their operands are written at run time and have no offline rate.
 _UNKNOWN_OFFLINE = ("matmul", "attention")
 
@@ -239,7 +240,8 @@ def channel_scale(weight: Weight, array: Array, bits: int) -> NDArray[np.float64
     """For each output channel the least scale that clips nothing: max(min / low, max / high).
 
     low and high are those of two's complement, so a channel uses all of it on one side. A channel
-    of zeros gets 1.
+    of zeros gets 1, and so does one whose weights decayed to nothing in training: they become
+    zeros.
 
     Raises:
         ValueError: bits out of 2 to 16, a weight that is not finite.
@@ -253,7 +255,7 @@ def channel_scale(weight: Weight, array: Array, bits: int) -> NDArray[np.float64
         raise ValueError(f"{weight.name}: got a weight that is not finite, expected finite numbers")
     matrices = weight.matrices(np.asarray(array, np.float64))
     scale = weight.per_channel(torch.maximum(matrices.amin(-1) / low, matrices.amax(-1) / high))
-    return torch.where(scale > 0, scale, 1.0).numpy()
+    return torch.where(scale >= _LEAST_SCALE, scale, 1.0).numpy()
 
 
 def nearest_codes(weight: Weight, array: Array, bits: int = 8) -> Codes:
