@@ -180,9 +180,7 @@ def bench_frontier(case: NetworkCase, measure: Measure) -> None:
         network = tried(name).choose(snr)
         ratios = layer_snr(network.int8, network.network, case.network.inputs("held-out"))
         kept = case.network.kept(network.int8, network.network)
-        points.append(
-            (float(np.mean(list(ratios.values()))), network.cut, kept >= case.network.least)
-        )
+        points.append((_mean(ratios), network.cut, kept >= case.network.least))
     measure.panel(
         f"Ones against fidelity, {name}",
         figures_pim.frontier({name: points}),
