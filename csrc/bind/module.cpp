@@ -85,12 +85,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind::register_moe_experts(moe);
     bind::register_moe_cache(moe);
     bind::register_moe_schedule(moe);
-<<<<<<< HEAD
+    bind::register_moe_runtime(moe);
     auto pim = m.def_submodule("pim", "Bit-serial macros: ones, toggles and products.");
     bind::register_pim(pim);
-=======
-    bind::register_moe_runtime(moe);
->>>>>>> origin/main
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");
