@@ -270,17 +270,17 @@ class Candidates:
         self,
         snr: float,
         *,
-        fidelity: Fidelity = "mean",
+        fidelity: Fidelity = "noise",
         sensitivity: Mapping[str, float] | None = None,
     ) -> Compressed:
         """Rounds every layer so that ones are fewest at a fidelity.
 
         Args:
             snr: dB, of a layer's output against that with the nearest integers.
-            fidelity: "mean": the mean over the layers is at least `snr`, each counting up to 6 dB
-                above it. "each": every layer's is,
-                where some rounding reaches it. "noise": the relative squared errors, each times its
-                sensitivity, come to no more than if every layer had `snr`.
+            fidelity: "noise": the relative squared errors of the layers, each times its
+                sensitivity, come to no more than if every layer had `snr`; their mean ratio is then
+                at least that. "each": every layer's ratio is, where some rounding reaches it.
+                "mean": the mean over the layers is, each counting up to 6 dB above it.
             sensitivity: by names of layers, for "noise"; 1 for those not named.
 
         Raises:
@@ -366,7 +366,7 @@ def compress(
     batches: Iterable[Inputs],
     *,
     snr: float = 30.0,
-    fidelity: Fidelity = "mean",
+    fidelity: Fidelity = "noise",
     bits: int = 8,
     shifts: Sequence[int] | None = None,
 ) -> Compressed:
@@ -379,7 +379,7 @@ def compress(
         graph: of `quernstone.importers`.
         batches: calibration inputs by name, see `calibrate`.
         snr: dB, what is kept of each layer's output, see `Candidates.choose`.
-        fidelity: "mean", "each" or "noise", see there.
+        fidelity: "noise", "each" or "mean", see there.
         bits: of a stored integer, 2 to 16.
         shifts: see `Candidates`.
 
