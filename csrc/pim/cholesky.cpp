@@ -254,8 +254,8 @@ void Cholesky::analyse(const Pattern& pattern) {
     first_.clear();
     std::vector<std::int64_t> zeros;
     for (std::int64_t begin = 0, end = 0; begin < n; begin = end) {
-        for (end = begin + 1; end < n && parent[at(end - 1)] == end &&
-                              count[at(end - 1)] == count[at(end)] + 1;) {
+        for (end = begin + 1;
+             end < n && parent[at(end - 1)] == end && count[at(end - 1)] == count[at(end)] + 1;) {
             ++end;
         }
         const std::int64_t rows = count[at(end - 1)];
@@ -268,9 +268,9 @@ void Cholesky::analyse(const Pattern& pattern) {
             }
             const std::int64_t from = first_.back();
             const std::int64_t entries = panel_entries(end - from, rows);
-            const std::int64_t sum =
-                padding + zeros.back() + entries - panel_entries(end - own, rows) -
-                panel_entries(own - from, count[at(own - 1)]);
+            const std::int64_t sum = padding + zeros.back() + entries -
+                                     panel_entries(end - own, rows) -
+                                     panel_entries(own - from, count[at(own - 1)]);
             if (!join(end - from, sum, entries)) {
                 break;
             }
@@ -416,8 +416,7 @@ Status Cholesky::solve(View<const double, 2> in, View<double, 2> out, int thread
     parallel_for(whole + single, threads, [&](std::int64_t task) noexcept {
         const bool together = task < whole;
         const std::int64_t width = together ? kTogether : 1;
-        const std::int64_t begin =
-            together ? task * kTogether : whole * kTogether + task - whole;
+        const std::int64_t begin = together ? task * kTogether : whole * kTogether + task - whole;
         const std::int64_t some = std::min(width, count - begin);
         Scratch& scratch = Scratch::of_this_thread();
         auto* x = reinterpret_cast<double*>(

@@ -13,14 +13,14 @@ namespace quernstone::pim {
 
 // Conductances between n nodes: a diagonal and branches, of which a pair may have several.
 struct Network {
-    View<const std::int32_t, 1> a, b;      // [m] ends, a != b
-    View<const double, 1> conductance;     // [m] > 0
-    View<const double, 1> ground;          // [n] >= 0, to what is held at a voltage
-    View<const double, 1> x, y;            // [n] places, or absent
+    View<const std::int32_t, 1> a, b;   // [m] ends, a != b
+    View<const double, 1> conductance;  // [m] > 0
+    View<const double, 1> ground;       // [n] >= 0, to what is held at a voltage
+    View<const double, 1> x, y;         // [n] places, or absent
 };
 
 class Cholesky {
- public:
+   public:
     // Orders and factors. A pivot that is not positive is told by its node: no path leads from it to
     // what is held at a voltage, or the conductances span more than float64 does.
     [[nodiscard]] static Status make(const Network& network, Cholesky& out) noexcept;
@@ -41,7 +41,7 @@ class Cholesky {
     // Multiplications and additions of the factorisation.
     [[nodiscard]] double operations() const noexcept { return operations_; }
 
- private:
+   private:
     struct Pattern;
     void analyse(const Pattern& pattern);
     [[nodiscard]] std::int32_t factor(const Pattern& pattern);

@@ -1,15 +1,16 @@
 #include "pim/cholesky_kernel.h"
 
 namespace quernstone::pim {
-namespace avx2 {
+namespace cholesky_avx2 {
 
 constexpr int kLanes = 4;
 constexpr int kTileRows = 2;
 
 #include "pim/cholesky_kernel.inl"
 
-}  // namespace avx2
+}  // namespace cholesky_avx2
 
-const CholeskyKernels kCholeskyAvx2 = {&avx2::eliminate, &avx2::solve_one, &avx2::solve_together};
+const CholeskyKernels kCholeskyAvx2 = {&cholesky_avx2::eliminate, &cholesky_avx2::solve_one,
+                                       &cholesky_avx2::solve_together};
 
 }  // namespace quernstone::pim

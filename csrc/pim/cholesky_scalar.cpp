@@ -1,15 +1,16 @@
 #include "pim/cholesky_kernel.h"
 
 namespace quernstone::pim {
-namespace scalar {
+namespace cholesky_scalar {
 
 constexpr int kLanes = 2;
 constexpr int kTileRows = 1;
 
 #include "pim/cholesky_kernel.inl"
 
-}  // namespace scalar
+}  // namespace cholesky_scalar
 
-const CholeskyKernels kCholeskyScalar = {&scalar::eliminate, &scalar::solve_one, &scalar::solve_together};
+const CholeskyKernels kCholeskyScalar = {&cholesky_scalar::eliminate, &cholesky_scalar::solve_one,
+                                         &cholesky_scalar::solve_together};
 
 }  // namespace quernstone::pim

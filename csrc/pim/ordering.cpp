@@ -19,7 +19,7 @@ constexpr std::size_t kLeaf = 32;  // ordered by minimum degree; at most the bit
 constexpr std::size_t kBalance = 5;
 
 class Dissection {
- public:
+   public:
     Dissection(const Neighbours& graph, const double* x, const double* y)
         : graph_(graph),
           axes_{x, y},
@@ -57,7 +57,7 @@ class Dissection {
         return out;
     }
 
- private:
+   private:
     // Gives a set its number, by which its vertices are told from others.
     void mark(Vertices set) {
         ++set_number_;
@@ -66,38 +66,42 @@ class Dissection {
         }
     }
 
+    // Sorts a set into left, right and separator, best_; false where no cut is balanced.
     bool cut(Vertices set) {
-        const auto good = static_cast<std::size_t>(1.2 * std::sqrt(static_cast<double>(set.size())));
+        const double side = std::sqrt(static_cast<double>(set.size()));
         std::size_t smallest = set.size();
-        const auto consider = [&](bool made) {
-            if (!made) {
-                return;
-            }
-            const std::size_t separator = separate(set);
-            if (separator < smallest) {
+        const auto consider = [&](bool balanced) {
+            const std::size_t separator = balanced ? separate(set) : set.size();
+            if (separator < set.size() && separator <= smallest) {
                 smallest = separator;
                 for (const std::int32_t v : set) {
                     best_[at(v)] = part_[at(v)];
                 }
             }
         };
-        if (axes_[0] != nullptr && axes_[1] != nullptr) {
-            const std::size_t longer = extent(set, axes_[1]) > extent(set, axes_[0]) ? 1 : 0;
+        const auto more_than = [&](double share) {
+            return static_cast<double>(smallest) > share * side;
+        };
+        const bool placed = axes_[0] != nullptr && axes_[1] != nullptr;
+        std::size_t longer = 0;
+        if (placed) {
+            longer = extent(set, axes_[1]) > extent(set, axes_[0]) ? 1 : 0;
             consider(halve(set, axes_[longer]));
-            if (smallest > good) {
-                consider(halve(set, axes_[1 - longer]));
-            }
         }
-        if (smallest > 2 * good) {
+        // Rails that few vias join are cut best between them; in a mesh, levels are diagonals, which
+        // are as long as straight cuts of a square and leave less fill.
+        if (more_than(0.8)) {
             consider(halve_by_levels(set));
+        }
+        if (placed && more_than(1.2)) {
+            consider(halve(set, axes_[1 - longer]));
         }
         return smallest < set.size();
     }
 
     static double extent(Vertices set, const double* axis) {
-        const auto [low, high] =
-            std::minmax_element(set.begin(), set.end(),
-                                [&](auto a, auto b) { return axis[at(a)] < axis[at(b)]; });
+        const auto [low, high] = std::minmax_element(
+            set.begin(), set.end(), [&](auto a, auto b) { return axis[at(a)] < axis[at(b)]; });
         return axis[at(*high)] - axis[at(*low)];
     }
 
