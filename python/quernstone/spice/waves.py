@@ -34,7 +34,9 @@ class Pulse:
                 raise ValueError(f"{name}: got {getattr(self, name):g}, expected more than 0")
         length = self.rise + self.width + self.fall
         if 0.0 < self.period < length * (1 - 1e-12):
-            raise ValueError(f"period: got {self.period:g}, expected at least the pulse, {length:g}")
+            raise ValueError(
+                f"period: got {self.period:g}, expected at least the pulse, {length:g}"
+            )
 
     def at(self, time: Floats) -> Floats:
         """The value at each time in seconds."""
