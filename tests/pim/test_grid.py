@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import splu
 
 from quernstone import spice
+from quernstone.machine import Figure, Machine
 from quernstone.pim.grid import Grid, Response, factor, mesh, pad_lattice, tile_shares
+from quernstone.pim.grid_chip import POWER_GRID, chip_response, macro_rows
 from quernstone.pim.grid_netlist import grid_of, netlist_of
 from tests.pim import ngspice
 
@@ -257,3 +259,37 @@ def test_currents_of_another_shape_or_that_are_no_numbers_are_refused() -> None:
         Response(found, np.ones((2, grid.nodes)))
     with pytest.raises(ValueError, match="expected 0 or more"):
         Response(found, tile_shares(grid, 2, 2)).worst(-np.ones((3, 4)))
+
+
+CHIP = Machine(
+    "chip",
+    {
+        "chip.macros": Figure(6, "1", "assumed"),
+        "macro.power": Figure(0.5, "W", "assumed"),
+        "supply.voltage": Figure(0.75, "V", "assumed"),
+        "signoff.drop": Figure(140.0, "mV", "assumed"),
+    },
+)
+SMALL = POWER_GRID.with_figures(
+    {
+        "grid.rows": Figure(20, "1", "assumed"),
+        "grid.columns": Figure(21, "1", "assumed"),
+        "grid.anisotropy": Figure(2.0, "1", "assumed"),
+        "pad.pitch": Figure(7, "1", "assumed"),
+    }
+)
+
+
+def test_a_chips_grid_drops_at_full_power_by_what_sign_off_allows() -> None:
+    response = chip_response(CHIP, SMALL)
+    full = np.full(6, 0.5 / 0.75)
+    assert response.drop(full).max() == pytest.approx(0.14, rel=1e-12)
+    assert response.worst(full).max() == pytest.approx(0.14, rel=1e-12)
+    between = response.between_macros()
+    np.testing.assert_allclose(between @ full, response.worst(full), rtol=1e-12)
+    assert between.min() > 0.0
+
+
+@pytest.mark.parametrize(("macros", "rows"), [(1, (1, 1)), (7, (1, 7)), (12, (3, 4)), (64, (8, 8))])
+def test_macros_lie_as_square_as_their_number_allows(macros: int, rows: tuple[int, int]) -> None:
+    assert macro_rows(macros) == rows

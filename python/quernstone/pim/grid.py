@@ -66,7 +66,7 @@ class Grid:
         for name, ends in (("a", self.a), ("b", self.b)):
             if ends.dtype != np.int32:
                 raise TypeError(f"{name}: got {ends.dtype}, expected int32")
-            if len(ends) and not (0 <= ends.min() and ends.max() < self.nodes):
+            if len(ends) and not (ends.min() >= 0 and ends.max() < self.nodes):
                 raise ValueError(f"{name}: got a node beyond 0 to {self.nodes - 1}")
         if np.any(self.a == self.b):
             at = int(np.flatnonzero(self.a == self.b)[0])
@@ -179,7 +179,7 @@ def mesh(
         np.concatenate([b for _, b, _ in ends]),
         np.concatenate([np.full(len(a), g) for a, _, g in ends]),
         np.array([volts], np.float64),
-        names=tuple(f"n1_m1_{c}_{r}" for r in range(rows) for c in range(columns)) + ("supply",),
+        names=(*(f"n1_m1_{c}_{r}" for r in range(rows) for c in range(columns)), "supply"),
         shape=(rows, columns),
     )
 
@@ -355,6 +355,13 @@ class Response:
         return np.array(
             [int(np.argmax(np.where(row > 0.0, total, -np.inf))) for row in self.shares]
         )
+
+    def between_macros(self) -> Floats:
+        """[c, c] volts that the drop at a macro's `peaks` rises by for each ampere of another.
+
+        Row i times the currents of all macros is the drop of macro i.
+        """
+        return np.ascontiguousarray(self.matrix[:, self.peaks()].T)
 
     def _peak(self, share: Floats) -> tuple[NDArray[np.int64], Floats]:
         nodes = np.flatnonzero(share > 0.0)

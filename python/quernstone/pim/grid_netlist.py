@@ -106,8 +106,8 @@ def held_nodes(netlist: Netlist, root: NDArray[np.int64]) -> dict[int, float]:
         node, volts = (int(plus), value) if minus == GROUND else (int(minus), -value)
         if held.setdefault(node, float(volts)) != volts:
             raise netlist.error(
-                f"got {volts:g} V at node {netlist.nodes[node]!r}, expected {held[node]:g} V, which "
-                "another source holds it at",
+                f"got {volts:g} V at node {netlist.nodes[node]!r}, expected {held[node]:g} V, "
+                "which another source holds it at",
                 sources,
                 i,
             )
@@ -184,7 +184,7 @@ def _refuse_floating(netlist: Netlist, root: NDArray[np.int64], held: dict[int, 
     _core.pim.reach(
         root[resistors.plus].astype(np.int32), root[resistors.minus].astype(np.int32), reached
     )
-    floating = np.flatnonzero((reached[root] == 0))
+    floating = np.flatnonzero(reached[root] == 0)
     if not len(floating):
         return
     node = int(floating[0])

@@ -63,7 +63,8 @@ class Corners:
     def __post_init__(self) -> None:
         if not self.times or len(self.times) != len(self.values):
             raise ValueError(
-                f"corners: got {len(self.times)} times and {len(self.values)} values, expected pairs"
+                f"corners: got {len(self.times)} times and {len(self.values)} values, "
+                "expected as many"
             )
         if np.any(np.diff(self.times) <= 0.0):
             raise ValueError("corners: got times that do not grow, expected growing ones")
