@@ -128,3 +128,27 @@ class moe:
     def cancel(
         transfer: _Floats, needed: NDArray[np.bool_], elapsed: float, tiles: int, now: float
     ) -> tuple[NDArray[np.bool_], _Floats, float]: ...
+
+class pim:
+    class Cholesky:
+        def __init__(
+            self,
+            a: NDArray[np.int32],
+            b: NDArray[np.int32],
+            conductance: _Floats,
+            ground: _Floats,
+            x: _Floats | None,
+            y: _Floats | None,
+        ) -> None: ...
+        def solve(self, currents: _Floats, out: _Floats, threads: int) -> None: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def stored(self) -> int: ...
+        @property
+        def nonzeros(self) -> int: ...
+        @property
+        def operations(self) -> float: ...
+
+    @staticmethod
+    def reach(a: NDArray[np.int32], b: NDArray[np.int32], reached: NDArray[np.uint8]) -> None: ...

@@ -152,13 +152,13 @@ def mesh(
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected 1 or more")
     along, across = resistance if isinstance(resistance, tuple) else (resistance, resistance)
-    for name, value in (
+    for name, ohm in (
         ("resistance", along),
         ("resistance", across),
         ("pad_resistance", pad_resistance),
     ):
-        if not number(name, value) > 0.0:
-            raise ValueError(f"{name}: got {value}, expected more than 0")
+        if not number(name, ohm) > 0.0:
+            raise ValueError(f"{name}: got {ohm}, expected more than 0")
     index = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
     feet = []
     for row, column in pads:

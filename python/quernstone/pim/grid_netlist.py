@@ -51,7 +51,7 @@ def grid_of(netlist: Netlist, *, shorts: Shorts = "refuse") -> Grid:
         np.array([held[node] for node in order if node in held]),
         currents=currents,
         names=tuple(netlist.nodes[node] for node in order),
-        places=_places(netlist, order, len(held)),
+        places=places_of(netlist, order, len(held)),
         _index={name: int(i) for name, i in zip(netlist.nodes, index, strict=True)},
     )
 
@@ -205,7 +205,7 @@ def _refuse_floating(netlist: Netlist, root: NDArray[np.int64], held: dict[int, 
     raise ValueError(text)
 
 
-def _places(netlist: Netlist, order: list[int], held: int) -> NDArray[np.float64] | None:
+def places_of(netlist: Netlist, order: list[int], held: int) -> NDArray[np.float64] | None:
     """Where names such as n1_m4_2000_400 put the nodes; None where one does not."""
     places = np.zeros((len(order), 2))
     for i, node in enumerate(order[: len(order) - held]):
