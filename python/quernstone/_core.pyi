@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -128,3 +130,49 @@ class moe:
     def cancel(
         transfer: _Floats, needed: NDArray[np.bool_], elapsed: float, tiles: int, now: float
     ) -> tuple[NDArray[np.bool_], _Floats, float]: ...
+
+class pim:
+    @staticmethod
+    def boost(
+        dynamic: _Floats,
+        leak: _Floats,
+        response: _Floats,
+        group: _Ints,
+        domain: _Ints,
+        safe: _Ints,
+        first: _Ints,
+        volts: _Floats,
+        hertz: _Floats,
+        need: _Floats,
+        adapt: bool,
+        control: tuple[int, int, int, int, int],
+        nominal: tuple[float, float],
+        most_changes: int,
+    ) -> tuple[_Floats, _Floats, _Ints, _Ints, _Ints, _Ints, _Floats, list[Any], int]: ...
+    @staticmethod
+    def map_tasks(
+        level: _Ints,
+        set: _Ints,
+        pinned: _Ints,
+        weight: _Floats,
+        volts: _Floats,
+        hertz: _Floats,
+        groups: int,
+        places: int,
+        objective: str,
+        moves: int,
+        seed: int,
+    ) -> tuple[_Ints, float]: ...
+    @staticmethod
+    def mapping_cost(
+        level: _Ints,
+        set: _Ints,
+        pinned: _Ints,
+        weight: _Floats,
+        volts: _Floats,
+        hertz: _Floats,
+        groups: int,
+        places: int,
+        objective: str,
+        group: _Ints,
+    ) -> float: ...
