@@ -112,6 +112,7 @@ struct Group {
     std::int64_t done = 0;      // cycles of work
     std::int64_t standing = 0;  // cycles still to stand
     std::int64_t level = 0, aim = 0;
+    std::int64_t clock = 0;  // the level whose clock it runs at in this cycle
     std::int64_t calm = 0;   // cycles since the last failure or change of level
     std::int64_t since = 0;  // cycles of work since the level was taken up
     std::int64_t wait = 0;   // good cycles before it aims further
@@ -124,6 +125,7 @@ class Booster {
         groups_.resize(a_.domain.size());
         amperes_.resize(a_.group.size());
         slowest_.resize(a_.domain.size());
+        turn_.reserve(a_.domain.size());
         for (std::size_t m = 0; m < a_.group.size(); ++m) {
             groups_[at(a_.group[m])].macros.push_back(static_cast<std::int64_t>(m));
             amperes_[m] = *a_.leak.at(m);
@@ -137,31 +139,41 @@ class Booster {
 
     Status run() {
         const std::int64_t most = kMostCyclesEach * (work_ + a_.control.stall + 1);
-        while (true) {
-            const std::int64_t g = next();
-            if (g < 0) {
-                return {};
+        while (take_turn()) {
+            for (const std::int64_t g : turn_) {
+                if (out_.cycles[at(g)] >= most) {
+                    return invalid("group", g,
+                                   "one whose supply carries it at the last level: it fails again "
+                                   "and again");
+                }
+                draw(g);
             }
-            if (out_.cycles[at(g)] >= most) {
-                return invalid("group", g,
-                               "one whose supply carries it at the last level: it fails again and "
-                               "again");
+            // All that begin a cycle at once draw before anybody's drop is looked at.
+            for (const std::int64_t g : turn_) {
+                judge(g);
             }
-            step(g);
+            find_slowest();
         }
+        return {};
     }
 
    private:
-    // The group whose next cycle begins first; -1: all are done.
-    [[nodiscard]] std::int64_t next() const noexcept {
-        std::int64_t found = -1;
+    // The groups whose next cycle begins first; false: all are done.
+    [[nodiscard]] bool take_turn() noexcept {
+        turn_.clear();
+        double begin = std::numeric_limits<double>::infinity();
         for (std::size_t g = 0; g < groups_.size(); ++g) {
-            const bool works = groups_[g].done < work_ && !groups_[g].macros.empty();
-            if (works && (found < 0 || groups_[g].time < groups_[at(found)].time)) {
-                found = static_cast<std::int64_t>(g);
+            const Group& group = groups_[g];
+            if (group.done >= work_ || group.macros.empty() || group.time > begin) {
+                continue;
             }
+            if (group.time < begin) {
+                begin = group.time;
+                turn_.clear();
+            }
+            turn_.push_back(static_cast<std::int64_t>(g));
         }
-        return found;
+        return !turn_.empty();
     }
 
     // Levels rise with the margin: the slowest clock of a domain is that of its last level.
@@ -175,25 +187,30 @@ class Booster {
         }
     }
 
-    void step(std::int64_t g) noexcept {
+    void draw(std::int64_t g) noexcept {
         Group& group = groups_[at(g)];
-        const std::int64_t clock = slowest_[at(a_.domain[at(g)])];
-        const double hertz = a_.levels.hertz[at(clock)];
+        group.clock = slowest_[at(a_.domain[at(g)])];
+        const double hertz = a_.levels.hertz[at(group.clock)];
         const double volts = a_.levels.volts[at(group.level)];
-        const bool works = group.standing == 0;
         const double up = volts / a_.nominal_volts;
         double joules = 0.0;
         for (const std::int64_t m : group.macros) {
             const double leak = *a_.leak.at(m) * up;
-            const double moving = works ? *a_.dynamic.at(group.done, m) * up : 0.0;
+            const double moving = group.standing == 0 ? *a_.dynamic.at(group.done, m) * up : 0.0;
             amperes_[at(m)] = leak + moving * (hertz / a_.nominal_hertz);
             joules += volts * (leak / hertz + moving / a_.nominal_hertz);
         }
-        const bool failed = drops(group, volts, a_.levels.need[at(clock)]) && works;
         group.time += 1.0 / hertz;
         out_.joules[at(g)] += joules;
         ++out_.cycles[at(g)];
         ++*out_.at_level.at(g, group.level);
+    }
+
+    void judge(std::int64_t g) noexcept {
+        Group& group = groups_[at(g)];
+        const double volts = a_.levels.volts[at(group.level)];
+        const bool works = group.standing == 0;
+        const bool failed = drops(group, volts, a_.levels.need[at(group.clock)]) && works;
         if (!works) {
             --group.standing;
         } else if (failed) {
@@ -213,10 +230,9 @@ class Booster {
         if (group.done >= work_) {
             out_.seconds[at(g)] = group.time;
             for (const std::int64_t m : group.macros) {
-                amperes_[at(m)] = *a_.leak.at(m) * up;
+                amperes_[at(m)] = *a_.leak.at(m) * (volts / a_.nominal_volts);
             }
             note(g, Event::kDone);
-            find_slowest();
         }
     }
 
@@ -253,7 +269,6 @@ class Booster {
         group.standing = a_.control.stall;
         group.calm = group.since = 0;
         note(g, Event::kFailure);
-        find_slowest();
     }
 
     void relax(std::int64_t g) noexcept {
@@ -268,7 +283,6 @@ class Booster {
         if (group.level != before) {
             group.since = 0;
             note(g, Event::kLevel);
-            find_slowest();
         }
     }
 
@@ -288,6 +302,7 @@ class Booster {
     BoosterResult& out_;
     std::int64_t work_ = 0;
     std::vector<Group> groups_;
+    std::vector<std::int64_t> turn_;     // groups that begin a cycle now
     std::vector<double> amperes_;        // [m] now
     std::vector<std::int64_t> slowest_;  // [domain] level
 };

@@ -13,7 +13,7 @@ namespace quernstone::pim {
 namespace {
 
 constexpr std::int64_t kMostGroups = 4096;
-constexpr std::int64_t kMostSteps = std::int64_t{1} << 26;
+constexpr std::int64_t kMostSteps = std::int64_t{1} << 22;
 constexpr double kMeanShare = 1e-3;  // of the mean beside the last end: it leads off plateaus
 constexpr std::int64_t kNowhere = -1;
 
@@ -410,7 +410,7 @@ Status solve(const Mapping& p, std::span<std::int64_t> group, double& out) noexc
     try {
         if (!Solver(p, group).run(out)) {
             return invalid("tasks", static_cast<std::int64_t>(p.level.size()),
-                           "a problem of at most 2^26 partial divisions; anneal takes any");
+                           "a problem of at most 2^22 partial divisions; anneal takes any");
         }
         return {};
     } catch (const std::bad_alloc&) {

@@ -38,7 +38,7 @@ struct Mapping {
                             std::span<std::int64_t> group, double& cost) noexcept;
 
 // The optimum, by branch and bound over divisions into groups that differ. Refuses a problem that
-// takes more than 2^26 partial divisions.
+// takes more than 2^22 partial divisions.
 [[nodiscard]] Status solve(const Mapping& problem, std::span<std::int64_t> group,
                            double& cost) noexcept;
 

@@ -368,5 +368,5 @@ def test_bad_input_of_the_mapper_is_named(change: dict[str, Any], message: str) 
 
 def test_a_problem_too_large_for_the_exact_mapping_is_refused() -> None:
     rates = np.random.default_rng(1).uniform(0.2, 0.6, 40)
-    with pytest.raises(ValueError, match="2\\^26"):
+    with pytest.raises(ValueError, match="2\\^22"):
         map_exact(rates, VfTable.of_chip(CHIP, "sprint"), groups=10, places=4, objective="latency")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from quernstone import _core
+from quernstone.machine import Machine
 from quernstone.pim.chip import VfTable
 from quernstone.plan import Interval, Plan
 
@@ -48,6 +49,12 @@ class Control:
                 raise TypeError(f"{name}: got {value!r}, expected an int")
             if not least <= value < 1 << 31:
                 raise ValueError(f"{name}: got {value}, expected {least} or more and below 2^31")
+
+    @classmethod
+    def of_chip(cls, chip: Machine) -> Control:
+        """What the figures `booster.patience` and so on of a chip say, rounded."""
+        names = ("patience", "relapse", "recompute", "stall", "backoff")
+        return cls(**{name: round(chip.value(f"booster.{name}", "1")) for name in names})
 
 
 class Change(NamedTuple):
@@ -172,10 +179,9 @@ def boost(
     rates = _floats("hamming", hamming, 1)
     if rates.shape != (macros,):
         raise ValueError(f"hamming.shape: got {rates.shape}, expected {(macros,)}")
-    # np.maximum keeps NaN: one macro of unknown weights makes its group unknown.
-    greatest = np.zeros(count)
-    np.maximum.at(greatest, group, rates)
-    safe = table.safe_level(greatest)
+    # One macro of unknown weights makes its group's unknown.
+    safe = np.zeros(count, np.int64)
+    np.maximum.at(safe, group, table.safe_level(rates))
     domain = np.arange(count) if domains is None else _integers("domains", domains)
     if len(domain) != count:
         raise ValueError(f"domains.shape[0]: got {len(domain)}, expected {count} (groups)")

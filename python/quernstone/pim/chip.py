@@ -51,6 +51,11 @@ CHIPS: Mapping[str, Machine] = {
             "signoff.drop": _figure(140.0, "mV", "assumed", _RECALLED),
             "device.threshold": _figure(0.25, "V", "assumed", "alpha-power law"),
             "device.exponent": _figure(1.3, "1", "assumed", "alpha-power law, short channels"),
+            "booster.patience": _figure(50, "1", "assumed", "good cycles before a lower level"),
+            "booster.relapse": _figure(200, "1", "assumed", "cycles: so soon a failure counts"),
+            "booster.recompute": _figure(8, "1", "assumed", "cycles lost: one vector of 8 bits"),
+            "booster.stall": _figure(4, "1", "assumed", "cycles to settle the supply"),
+            "booster.backoff": _figure(2, "1", "assumed", "growth of patience after a relapse"),
         },
     )
 }

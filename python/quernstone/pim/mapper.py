@@ -18,7 +18,7 @@ Objective = Literal["energy", "latency"]
 the last task, and a thousandth of the mean end."""
 
 
-class Mapping(NamedTuple):
+class Mapped(NamedTuple):
     group: NDArray[np.int64]
     """[n]"""
     cost: float
@@ -42,7 +42,7 @@ def map_tasks(
     objective: Objective = "energy",
     moves: int = 200_000,
     seed: int = 0,
-) -> Mapping:
+) -> Mapped:
     """Gathers tasks of like Hamming rates in groups, by simulated annealing.
 
     The macros of a group share voltage and clock, so its level is that of its greatest rate; the
@@ -61,7 +61,7 @@ def map_tasks(
         seed: of the exchanges; equal seeds give equal mappings.
 
     Returns:
-        A `Mapping`, no worse than tasks sorted by rate.
+        A `Mapped`, no worse than tasks sorted by rate.
 
     Raises:
         ValueError: more tasks than macros, more tasks pinned to a group than it has macros, a
@@ -80,7 +80,7 @@ def map_tasks(
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed: got {seed}, expected 0 or more and below 2^64")
     problem = _problem(rates, table, groups, places, sets, weights, pinned, objective)
-    return Mapping(*_core.pim.map_tasks(*problem, moves, seed))
+    return Mapped(*_core.pim.map_tasks(*problem, moves, seed))
 
 
 def map_exact(
@@ -93,15 +93,15 @@ def map_exact(
     weights: ArrayLike | None = None,
     pinned: ArrayLike | None = None,
     objective: Objective = "energy",
-) -> Mapping:
+) -> Mapped:
     """The mapping of least cost, by branch and bound; arguments as `map_tasks` takes them.
 
     Raises:
-        ValueError: also where more than 2^26 partial mappings would have to be tried, as happens
+        ValueError: also where more than 2^22 partial mappings would have to be tried, as happens
             from some 16 tasks on.
     """
     problem = _problem(rates, table, groups, places, sets, weights, pinned, objective)
-    return Mapping(*_core.pim.map_tasks(*problem, -1, 0))
+    return Mapped(*_core.pim.map_tasks(*problem, -1, 0))
 
 
 def mapping_cost(

@@ -55,59 +55,64 @@ def boost(
     worst = np.zeros(macros)
     while any(group.done < work for group in state):
         working = [g for g, group in enumerate(state) if group.done < work]
-        g = min(working, key=lambda g: (state[g].time, g))
-        group = state[g]
-        clock = max(state[k].level for k in working if domains[k] == domains[g])
-        volts, hertz = table.volts[group.level], table.hertz[clock]
-        up = volts / table.nominal_volts
-        works = group.standing == 0
-        for m in group.macros:
-            moving = dynamic[group.done, m] * up if works else 0.0
-            amperes[m] = leak[m] * up + moving * hertz / table.nominal_hertz
-            group.joules += volts * (leak[m] * up / hertz + moving / table.nominal_hertz)
-        drops = response[group.macros] @ amperes
-        worst[group.macros] = np.maximum(worst[group.macros], drops)
-        failed = works and bool((volts - drops < table.need[clock] * (1 - 1e-12)).any())
-        group.time += 1 / hertz
-        group.cycles += 1
-        group.levels.append(group.level)
-        if not works:
-            group.standing -= 1
-        elif failed:
-            group.failures += 1
-            group.beyond += group.level >= safe[g]
-            if level is None:
-                if group.level < safe[g]:
-                    if group.since < control.relapse:
-                        group.aim = min(safe[g], group.aim + 1)
-                        group.wait *= control.backoff
-                    group.level = safe[g]
-                else:
-                    group.level = min(len(table.levels) - 1, group.level + 1)
-            group.done = max(0, group.done - control.recompute)
-            group.standing = control.stall
-            group.calm = group.since = 0
-        else:
-            group.done += 1
-            group.calm += 1
-            group.since += 1
-            if group.since == control.relapse:
-                group.wait = control.patience
-            needed = control.patience if group.level > group.aim else group.wait
-            if level is None and group.calm >= needed:
-                group.calm = 0
-                before = group.level
-                if group.level > safe[g]:
-                    group.level -= 1
-                elif group.level > group.aim:
-                    group.level = group.aim
-                elif group.aim > 0:
-                    group.aim -= 1
-                    group.level = group.aim
-                if group.level != before:
-                    group.since = 0
-        if group.done >= work:
-            amperes[group.macros] = leak[group.macros] * up
+        begin = min(state[g].time for g in working)
+        turn = [g for g in working if state[g].time == begin]
+        clocks = {}
+        for g in turn:
+            group = state[g]
+            clocks[g] = clock = max(state[k].level for k in working if domains[k] == domains[g])
+            volts, hertz = table.volts[group.level], table.hertz[clock]
+            up = volts / table.nominal_volts
+            for m in group.macros:
+                moving = dynamic[group.done, m] * up if group.standing == 0 else 0.0
+                amperes[m] = leak[m] * up + moving * hertz / table.nominal_hertz
+                group.joules += volts * (leak[m] * up / hertz + moving / table.nominal_hertz)
+            group.time += 1 / hertz
+            group.cycles += 1
+            group.levels.append(group.level)
+        for g in turn:
+            group = state[g]
+            volts, works = table.volts[group.level], group.standing == 0
+            drops = response[group.macros] @ amperes
+            worst[group.macros] = np.maximum(worst[group.macros], drops)
+            failed = works and bool((volts - drops < table.need[clocks[g]] * (1 - 1e-12)).any())
+            if not works:
+                group.standing -= 1
+            elif failed:
+                group.failures += 1
+                group.beyond += group.level >= safe[g]
+                if level is None:
+                    if group.level < safe[g]:
+                        if group.since < control.relapse:
+                            group.aim = min(safe[g], group.aim + 1)
+                            group.wait *= control.backoff
+                        group.level = safe[g]
+                    else:
+                        group.level = min(len(table.levels) - 1, group.level + 1)
+                group.done = max(0, group.done - control.recompute)
+                group.standing = control.stall
+                group.calm = group.since = 0
+            else:
+                group.done += 1
+                group.calm += 1
+                group.since += 1
+                if group.since == control.relapse:
+                    group.wait = control.patience
+                needed = control.patience if group.level > group.aim else group.wait
+                if level is None and group.calm >= needed:
+                    group.calm = 0
+                    before = group.level
+                    if group.level > safe[g]:
+                        group.level -= 1
+                    elif group.level > group.aim:
+                        group.level = group.aim
+                    elif group.aim > 0:
+                        group.aim -= 1
+                        group.level = group.aim
+                    if group.level != before:
+                        group.since = 0
+            if group.done >= work:
+                amperes[group.macros] = leak[group.macros] * (volts / table.nominal_volts)
     return state, worst
 
 

@@ -140,14 +140,16 @@ def network_work(
     def record(node: Node, given: tuple[Tensor | None, ...]) -> list[Tensor]:
         made = evaluate(node, given)
         if node.name in weights:
+            whole = weights[node.name]
             taken = _LAYERS.get(node.op)
-            if taken is None or node.attributes.get("groups", 1) != 1:
-                elsewhere[node.name] = weights[node.name][0].size * made[0].numel()
+            grouped = node.attributes.get("groups", 1) != 1
+            if taken is None or grouped or whole.ndim > 4:
+                elsewhere[node.name] = whole[0].size * made[0].numel()
             else:
                 x = given[0]
                 assert x is not None
-                rows, count = taken(node, x, vectors)
-                codes = weights[node.name].reshape(len(weights[node.name]), -1)
+                rows, count = taken(node, x, whole.shape[2:], vectors)
+                codes = whole.reshape(len(whole), -1)
                 low, high = float(x.amin()), float(x.amax())
                 codes_in = quantised_inputs(rows, input_bits, low=low, high=high)
                 found.append(Work(node.name, codes, codes_in, count))
@@ -165,27 +167,17 @@ def _middle(x: Tensor, vectors: int) -> Tensor:
     return x[begin : begin + vectors]
 
 
-def _linear(node: Node, x: Tensor, vectors: int) -> tuple[Tensor, int]:
+def _linear(_node: Node, x: Tensor, _window: Sequence[int], vectors: int) -> tuple[Tensor, int]:
     rows = x.reshape(-1, x.shape[-1])
     return _middle(rows, vectors), len(rows)
 
 
-def _conv(node: Node, x: Tensor, vectors: int) -> tuple[Tensor, int]:
+def _conv(node: Node, x: Tensor, window: Sequence[int], vectors: int) -> tuple[Tensor, int]:
     """The windows of a convolution in one or two dimensions, [v, channels x window]."""
-    padding = [tuple(pair) for pair in node.attributes["padding"]]
     stride, dilation = list(node.attributes["stride"]), list(node.attributes["dilation"])
-    flat = [side for pair in reversed(padding) for side in pair]
-    x = functional.pad(x, flat)
-    kernel = list(node.attributes.get("kernel", ())) or None
-    return _windows(x, stride, dilation, kernel, vectors)
-
-
-def _windows(
-    x: Tensor, stride: list[int], dilation: list[int], kernel: list[int] | None, vectors: int
-) -> tuple[Tensor, int]:
-    assert kernel is not None
-    dims = len(stride)
-    if dims == 1:  # a picture of one line
+    padding = [side for pair in reversed(node.attributes["padding"]) for side in pair]
+    x, kernel = functional.pad(x, padding), list(window)
+    if len(stride) == 1:  # a picture of one line
         x, stride, dilation, kernel = x[:, :, None], [1, *stride], [1, *dilation], [1, *kernel]
     extent = [
         (n - d * (k - 1) - 1) // s + 1
@@ -247,7 +239,7 @@ def _attention(
                 )
 
 
-_LAYERS: Mapping[str, Callable[[Node, Tensor, int], tuple[Tensor, int]]] = {
+_LAYERS: Mapping[str, Callable[[Node, Tensor, Sequence[int], int], tuple[Tensor, int]]] = {
     "linear": _linear,
     "conv": _conv,
 }
