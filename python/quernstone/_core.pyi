@@ -176,3 +176,64 @@ class pim:
         objective: str,
         group: _Ints,
     ) -> float: ...
+    class Lines:
+        def __init__(
+            self,
+            bits: int,
+            idle: int,
+            msb_first: bool,
+            input_signed: bool,
+            cross_vector: bool,
+            zero_gating: bool,
+        ) -> None: ...
+
+    class Layer:
+        def __init__(
+            self,
+            content: str,
+            outputs: int,
+            inputs: int,
+            rows: int,
+            banks: int,
+            weight_bits: int,
+            weight_signed: bool,
+        ) -> None: ...
+        @property
+        def columns(self) -> int: ...
+        @property
+        def row_tiles(self) -> int: ...
+        @property
+        def bytes(self) -> int: ...
+
+    @staticmethod
+    def program(
+        layer: pim.Layer, weights: NDArray[np.int8] | NDArray[np.int16], out: NDArray[np.uint8]
+    ) -> None: ...
+    @staticmethod
+    def toggles(
+        layer: pim.Layer,
+        data: NDArray[np.uint8],
+        lines: pim.Lines,
+        inputs: NDArray[np.int8] | NDArray[np.int16],
+        formulation: str,
+        out: NDArray[np.int32],
+    ) -> None: ...
+    @staticmethod
+    def mvm(
+        layer: pim.Layer,
+        data: NDArray[np.uint8],
+        lines: pim.Lines,
+        inputs: NDArray[np.int8] | NDArray[np.int16],
+        formulation: str,
+        out: NDArray[np.int64],
+    ) -> None: ...
+    @staticmethod
+    def line_toggles(
+        lines: pim.Lines, inputs: NDArray[np.int8] | NDArray[np.int16], out: NDArray[np.uint8]
+    ) -> None: ...
+    @staticmethod
+    def count_ones(
+        run: NDArray[np.int8] | NDArray[np.int16], bits: int, is_signed: bool
+    ) -> tuple[int, bool]: ...
+    @staticmethod
+    def formulations() -> list[str]: ...

@@ -1,0 +1,19 @@
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "pim/kernel.h"
+
+namespace quernstone::pim::avx512 {
+namespace {
+
+#include "pim/avx512_primitives.inl"
+#include "pim/count_kernel.inl"
+
+}  // namespace
+
+const Kernels kKernels{extract8, extract16, masks, table, few, ones, shift_add};
+
+}  // namespace quernstone::pim::avx512
