@@ -18,6 +18,17 @@ class attention:
 
 def pack_bits(codes: NDArray[np.uint8], bits: int, packed: NDArray[np.uint8]) -> None: ...
 def unpack_bits(packed: NDArray[np.uint8], bits: int, codes: NDArray[np.uint8]) -> None: ...
+def round_columns(
+    weight: NDArray[np.float64],
+    upper: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    zero: NDArray[np.float64],
+    penalty: NDArray[np.float64],
+    lowest: int,
+    reach: int,
+    of_output: bool,
+    codes: NDArray[np.int16],
+) -> None: ...
 
 class Layout:
     def __init__(
