@@ -87,8 +87,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     auto pim = m.def_submodule("pim", "Bit-serial macros: ones, toggles, products, and their chip.");
     bind::register_pim(pim);
     bind::register_pim_chip(pim);
-    auto pim_grid = m.def_submodule("pim", "Digital compute-in-memory.");
-    bind::register_pim_grid(pim_grid);
+    bind::register_pim_grid(pim);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");

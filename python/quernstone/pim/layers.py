@@ -88,7 +88,9 @@ class Weight:
         """One number for each output channel, so that it broadcasts with the weight."""
         if self.node.op == "conv_transpose":
             # Channels of all groups share the second axis, groups the first.
-            wide = np.repeat(channels.reshape(self.groups, -1), self.shape[0] // self.groups, axis=0)
+            wide = np.repeat(
+                channels.reshape(self.groups, -1), self.shape[0] // self.groups, axis=0
+            )
             return wide.reshape(*wide.shape, *(1 for _ in self.shape[2:]))
         return channels.reshape(-1, *(1 for _ in self.shape[1:]))
 

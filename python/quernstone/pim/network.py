@@ -442,9 +442,7 @@ class _Problem:
         scale = self.nearest.scale * option.stretch
         return Codes(self.weight, array, scale, option.shift, self.bits)
 
-    def options(
-        self, pairs: Sequence[tuple[float, int]], prices: Sequence[float]
-    ) -> list[_Option]:
+    def options(self, pairs: Sequence[tuple[float, int]], prices: Sequence[float]) -> list[_Option]:
         """Every price with the shifts and scales that are best at some price, and the nearest
         integers' own scale."""
         tried: dict[tuple[float, int, float], _Option] = {}
@@ -476,4 +474,3 @@ def _decibels(noise: float, power: float) -> float:
     if power <= 0 or noise <= power * 10 ** (-_MOST_DECIBELS / 10):
         return _MOST_DECIBELS
     return 10 * math.log10(power / noise)
-

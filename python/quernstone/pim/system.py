@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,11 +124,11 @@ def _round(parts: Sequence[tuple[int, Work, list[tuple[int, int]]]], macro: Macr
         # As long, beside the longest, as the layer's own vectors beside its.
         share = max(1, round(kept * layer.vectors / longest))
         inputs = layer.inputs[:share]
-        toggled = _toggles(layer.weights, inputs, macro)
+        toggled = api.toggle_rate(layer.weights, inputs, macro, "macro")
         hamming = api.hamming_rate(layer.weights, macro.weight_bits, per="macro", macro=macro)
         for r, b in tiles:
             toggles = np.zeros(cycles)
-            toggles[: len(toggled)] = toggled[:, r, b]
+            toggles[: toggled.shape[1]] = toggled[r, :, b]
             rate = float(hamming[r, b]) if layer.known else float("nan")
             tasks.append(Task(index, f"{layer.name}[{r},{b}]", rate, toggles))
     return Round(tuple(tasks), cycles, longest / kept)
@@ -339,20 +339,3 @@ def compare(
         chosen = replace(base, booster=booster, mapping=mapping)
         found[name] = run(traces[of], chip, response, chosen)
     return found
-
-
-def _toggles(weights: Any, inputs: Any, macro: Macro) -> Any:
-    rows, banks = macro.tiles(*weights.shape)
-    hw = api.hamming_weights(weights, macro.weight_bits).astype(np.float32)
-    pad = np.zeros((banks * macro.banks, rows * macro.rows), np.float32)
-    pad[: hw.shape[0], : hw.shape[1]] = hw
-    sums = pad.reshape(banks, macro.banks, rows, macro.rows).sum(1)  # [b, r, rows]
-    bits = (inputs[:, None, :] >> np.arange(macro.input_bits)[None, :, None]) & 1
-    lines = bits.reshape(-1, inputs.shape[1])
-    before = np.vstack([np.zeros_like(lines[:1]), lines[:-1]])
-    tog = np.zeros((len(lines), rows * macro.rows), np.float32)
-    tog[:, : lines.shape[1]] = lines ^ before
-    return (
-        np.einsum("tri,bri->trb", tog.reshape(-1, rows, macro.rows), sums, optimize=True)
-        / macro.cells
-    )

@@ -144,7 +144,7 @@ def network_work(
             taken = _LAYERS.get(node.op)
             grouped = node.attributes.get("groups", 1) != 1
             if taken is None or grouped or whole.ndim > 4:
-                elsewhere[node.name] = whole[0].size * made[0].numel()
+                elsewhere[node.name] = _products(node, whole, given, made[0])
             else:
                 x = given[0]
                 assert x is not None
@@ -160,6 +160,16 @@ def network_work(
     with torch.no_grad():
         graph.run(inputs, hook=record)
     return NetworkWork(tuple(found), elsewhere)
+
+
+def _products(node: Node, weight: NDArray[Any], given: Sequence[Tensor | None], out: Tensor) -> int:
+    x = given[0]
+    assert x is not None
+    if node.op == "conv_transpose":
+        return weight[0].size * x.numel()
+    if node.op == "lstm":
+        return weight.size * x.numel() // x.shape[-1]
+    return weight[0].size * out.numel()
 
 
 def _middle(x: Tensor, vectors: int) -> Tensor:
