@@ -63,7 +63,7 @@ class Reader:
             first = words[0]
             take = dots.get(first) if first[0] == "." else letters.get(first[0])
             if take is None:
-                known = ", ".join(sorted([*(letter.upper() for letter in letters), *dots, ".end"]))
+                known = ", ".join([*sorted(map(str.upper, letters)), *sorted([*dots, ".end"])])
                 raise self.error(f"got an unknown card {first!r}, expected one of {known}", place)
             take(words, place)
 

@@ -34,9 +34,9 @@ class Source:
         return SpiceError(message, self.files[place >> PLACE_BITS], place & (1 << PLACE_BITS) - 1)
 
 
-def cards(source: Source, name: str, text: str, *, title: bool, depth: int = 0) -> Iterator[
-    tuple[list[str], int]
-]:
+def cards(
+    source: Source, name: str, text: str, *, title: bool, depth: int = 0
+) -> Iterator[tuple[list[str], int]]:
     """The cards of a text, includes followed, up to `.end`.
 
     A line that begins with + continues the card before it; one that begins with * is a comment, as

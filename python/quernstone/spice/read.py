@@ -25,7 +25,7 @@ def read(path: str | os.PathLike[str], *, title: bool = False) -> Netlist:
 
     Raises:
         SpiceError: with file and line: a card that is unknown, incomplete or of a name that stands
-            twice; a number that is none; a negative resistance; a file that is included from outside
+            twice; a number that is none; a negative resistance; an included file that lies outside
             the netlist's folder; no .end, as in a truncated file.
         OSError: the file cannot be read.
 

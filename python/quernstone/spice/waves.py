@@ -34,7 +34,9 @@ class Pulse:
                 raise ValueError(f"{name}: got {getattr(self, name):g}, expected more than 0")
         length = self.rise + self.width + self.fall
         if 0.0 < self.period < length * (1 - 1e-12):
-            raise ValueError(f"period: got {self.period:g}, expected at least the pulse, {length:g}")
+            raise ValueError(
+                f"period: got {self.period:g}, expected at least the pulse, {length:g}"
+            )
 
     def at(self, time: Floats) -> Floats:
         """The value at each time in seconds."""
@@ -61,7 +63,8 @@ class Corners:
     def __post_init__(self) -> None:
         if not self.times or len(self.times) != len(self.values):
             raise ValueError(
-                f"corners: got {len(self.times)} times and {len(self.values)} values, expected pairs"
+                f"corners: got {len(self.times)} times and {len(self.values)} values, "
+                "expected as many"
             )
         if np.any(np.diff(self.times) <= 0.0):
             raise ValueError("corners: got times that do not grow, expected growing ones")

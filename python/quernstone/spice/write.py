@@ -12,8 +12,8 @@ from quernstone.spice.netlist import Branches, Netlist
 def write(netlist: Netlist, path: str | os.PathLike[str], *, comment: str = "netlist") -> None:
     """Writes a netlist; a file of that name stays whole until it is replaced.
 
-    The first line is a comment, so it is the same with and without a title. Numbers are written such
-    that they are read as the same float64.
+    The first line is a comment, so it is the same with and without a title. Numbers are written
+    such that they are read as the same float64.
     """
     write_whole(path, text(netlist, comment=comment).encode())
 
