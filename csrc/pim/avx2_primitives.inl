@@ -14,6 +14,11 @@ inline reg add64(reg a, reg b) { return _mm256_add_epi64(a, b); }
 inline reg and_(reg a, reg b) { return _mm256_and_si256(a, b); }
 inline reg or_(reg a, reg b) { return _mm256_or_si256(a, b); }
 inline reg andnot(reg a, reg b) { return _mm256_andnot_si256(a, b); }
+inline reg xor_(reg a, reg b) { return _mm256_xor_si256(a, b); }
+inline reg shift_right(reg a, int n) { return _mm256_srl_epi16(a, _mm_cvtsi32_si128(n)); }
+inline reg shift_left(reg a, int n) { return _mm256_sll_epi16(a, _mm_cvtsi32_si128(n)); }
+// 255 where a byte is 0.
+inline reg zero_bytes(reg a) { return _mm256_cmpeq_epi8(a, zero()); }
 inline reg high16(reg a) { return _mm256_srli_epi16(a, 8); }
 inline reg set8(std::uint8_t x) { return _mm256_set1_epi8(static_cast<char>(x)); }
 inline reg set_word(std::uint8_t x) { return set8(x); }
@@ -52,9 +57,16 @@ inline reg dot(reg sum, reg bytes, reg digits) {
     return _mm256_add_epi32(
         sum, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, digits), _mm256_set1_epi16(1)));
 }
-inline std::int32_t sum32(reg x) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    return _mm_cvtsi128_si32(s);
+inline reg shift32(reg x) { return _mm256_slli_epi32(x, 6); }
+inline __m256i four_sums(__m256i a, __m256i b, __m256i c, __m256i d) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+}
+// Of the lanes of each, that of the k-th shifted right by k.
+inline void eight_sums(reg a, reg b, reg c, reg d, reg e, reg f, reg g, reg h, std::int32_t* out) {
+    const __m256i low = four_sums(a, b, c, d);
+    const __m256i high = four_sums(e, f, g, h);
+    const __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                                          _mm256_permute2x128_si256(low, high, 0x31));
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_srlv_epi32(sums, places));
 }

@@ -12,6 +12,11 @@ inline reg add64(reg a, reg b) { return _mm512_add_epi64(a, b); }
 inline reg and_(reg a, reg b) { return _mm512_and_si512(a, b); }
 inline reg or_(reg a, reg b) { return _mm512_or_si512(a, b); }
 inline reg andnot(reg a, reg b) { return _mm512_andnot_si512(a, b); }
+inline reg xor_(reg a, reg b) { return _mm512_xor_si512(a, b); }
+inline reg shift_right(reg a, int n) { return _mm512_srl_epi16(a, _mm_cvtsi32_si128(n)); }
+inline reg shift_left(reg a, int n) { return _mm512_sll_epi16(a, _mm_cvtsi32_si128(n)); }
+// 255 where a byte is 0.
+inline reg zero_bytes(reg a) { return _mm512_movm_epi8(_mm512_testn_epi8_mask(a, a)); }
 inline reg high16(reg a) { return _mm512_srli_epi16(a, 8); }
 inline reg set8(std::uint8_t x) { return _mm512_set1_epi8(static_cast<char>(x)); }
 inline reg set_word(std::uint8_t x) { return set8(x); }
@@ -37,9 +42,3 @@ inline bool any(reg x) { return _mm512_test_epi32_mask(x, x) != 0; }
 inline std::uint64_t mask64(const std::uint8_t* p, int bit) {
     return _mm512_test_epi8_mask(load(p), set8(static_cast<std::uint8_t>(1U << bit)));
 }
-// 2 * 128 * 127 is below 2^15.
-inline reg dot(reg sum, reg bytes, reg digits) {
-    return _mm512_add_epi32(
-        sum, _mm512_madd_epi16(_mm512_maddubs_epi16(bytes, digits), _mm512_set1_epi16(1)));
-}
-inline std::int32_t sum32(reg x) { return _mm512_reduce_add_epi32(x); }

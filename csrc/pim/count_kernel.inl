@@ -86,17 +86,24 @@ struct Sums {
     Bytes both, odd;
 };
 
-// One mask, 16 tables. kRun sums of four digits fit a byte.
-template <int kRun>
+template <int kGroup>
+inline Bytes entry(const std::uint8_t* tables, std::uint64_t mask) {
+    return load64(tables + kGroup * kTableBytes + ((mask >> (4 * kGroup)) & 15U) * kBlock);
+}
+
+// Of tables kGroup to 15 the run of kRun whose sums fit a byte, and then the next: unrolled by
+// templates, since gcc leaves loops of known bounds half rolled.
+template <int kRun, int kGroup = 0>
 inline void look_up(const std::uint8_t* tables, std::uint64_t mask, Sums& sums) {
-    for (int g = 0; g < kGroups; g += kRun) {
-        Bytes run = load64(tables + g * kTableBytes + ((mask >> (4 * g)) & 15U) * kBlock);
-        const int end = g + kRun < kGroups ? g + kRun : static_cast<int>(kGroups);
-        for (int h = g + 1; h < end; ++h) {
-            add8(run, load64(tables + h * kTableBytes + ((mask >> (4 * h)) & 15U) * kBlock));
-        }
-        add16(sums.both, run);
-        add_high(sums.odd, run);
+    Bytes run = entry<kGroup>(tables, mask);
+    constexpr int kEnd = kGroup + kRun < kGroups ? kGroup + kRun : static_cast<int>(kGroups);
+    [&]<int... kNext>(std::integer_sequence<int, kNext...>) {
+        (add8(run, entry<kGroup + 1 + kNext>(tables, mask)), ...);
+    }(std::make_integer_sequence<int, kEnd - kGroup - 1>{});
+    add16(sums.both, run);
+    add_high(sums.odd, run);
+    if constexpr (kEnd < kGroups) {
+        look_up<kRun, kEnd>(tables, mask, sums);
     }
 }
 
@@ -174,100 +181,128 @@ void table(const CountArgs& args) {
     }
 }
 
-// The digits of a row stay where its pattern is: bits of eight cycles at once, each with the weight
-// that it has in its byte.
-void few(const CountArgs& args) {
-    const Patterns& p = args.patterns;
-    const std::int64_t bytes = p.planes * p.padded_rows;
-    std::int32_t* out = args.out;
-    for (std::int64_t v = 0; v < p.vectors; ++v) {
-        for (int c = 0; c < args.order.cycles(); ++c, out += args.out_stride) {
-            const int bit = args.order.bit(c);
-            if (bit < 0) {
-                std::fill_n(out, args.block.digits, 0);
-                continue;
+// Patterns of at most eight bits of inputs of eight: bytes of `reg`, shifted in lanes of 16 bits.
+// kBits is 8, or 0: that of the lines.
+template <bool kMsb, bool kGated, int kBits>
+void changes8(const ExtractArgs& a) {
+    const int bits = kBits > 0 ? kBits : a.lines.bits;
+    const unsigned mask = (1U << bits) - 1U;
+    const unsigned first = kMsb ? 1U << (bits - 1) : 1U;
+    const bool idle = a.lines.idle > 0;
+    const reg masks = set8(static_cast<std::uint8_t>(mask));
+    const reg keep = set8(static_cast<std::uint8_t>(a.lines.cross_vector ? mask : mask & ~first));
+    const reg low = set8(0x7f);
+    const reg one = set8(1);
+    const reg hold = set8(idle ? 0 : 0xff);
+    std::uint8_t* out = a.out;
+    for (std::int64_t v = 0; v < a.vectors; ++v, out += a.padded_rows) {
+        const auto* x = reinterpret_cast<const std::uint8_t*>(a.x) + v * a.stride;
+        for (std::int64_t i = 0; i < a.rows; i += kRegBytes) {
+            reg u;
+            if (i + kRegBytes <= a.rows) {
+                u = and_(load(x + i), masks);
+            } else {
+                std::uint8_t tail[kRegBytes] = {};
+                std::memcpy(tail, x + i, static_cast<std::size_t>(a.rows - i));
+                u = and_(load(tail), masks);
             }
-            const std::uint8_t* plane = p.data + v * bytes + bit / 8 * p.padded_rows;
-            const reg chosen = set8(static_cast<std::uint8_t>(1U << (bit % 8)));
-            for (std::int64_t n = 0; n < args.block.digits; ++n) {
-                const std::uint8_t* digits = args.block.columns + n * p.padded_rows;
-                reg sum = zero();
-                for (std::int64_t i = 0; i < p.padded_rows; i += kRegBytes) {
-                    sum = dot(sum, and_(load(plane + i), chosen), load(digits + i));
+            const reg level = load(a.level + i);
+            const reg before = kMsb ? or_(and_(shift_right(u, 1), low), shift_left(level, bits - 1))
+                                    : or_(add8(and_(u, low), and_(u, low)), level);
+            reg pattern = and_(xor_(u, before), keep);
+            reg end = kMsb ? and_(u, one) : and_(shift_right(u, bits - 1), one);
+            if (idle) {
+                pattern = or_(pattern, shift_left(end, bits));
+            }
+            end = and_(end, hold);
+            if constexpr (kGated) {
+                const reg gated = zero_bytes(u);
+                pattern = andnot(gated, pattern);
+                end = or_(and_(level, gated), andnot(gated, end));
+            }
+            store(out + i, pattern);
+            store(a.level + i, end);
+        }
+        const std::int64_t done = (a.rows + kRegBytes - 1) / kRegBytes * kRegBytes;
+        std::fill(out + done, out + a.padded_rows, std::uint8_t{0});
+    }
+}
+
+// Any patterns, 64 rows at a time.
+template <class In>
+void extract_any(const ExtractArgs& a) {
+    const int bits = a.lines.bits;
+    const bool msb = a.lines.msb_first;
+    const std::uint32_t mask = (1U << bits) - 1U;
+    const int first = msb ? bits - 1 : 0;
+    const int last = msb ? 0 : bits - 1;
+    const std::uint32_t keep = a.lines.cross_vector ? mask : mask & ~(1U << first);
+    const std::uint32_t returns = a.lines.idle > 0 ? 1 : 0;
+    const std::uint32_t gate = a.lines.zero_gating ? ~0U : 0U;
+    const auto planes = static_cast<int>((bits + static_cast<int>(returns) + 7) / 8);
+    std::uint8_t* out = a.out;
+    for (std::int64_t v = 0; v < a.vectors; ++v, out += planes * a.padded_rows) {
+        const In* x = reinterpret_cast<const In*>(a.x) + v * a.stride;
+        for (std::int64_t i0 = 0; i0 < a.padded_rows; i0 += kBlock) {
+            const std::int64_t rows = std::clamp<std::int64_t>(a.rows - i0, 0, kBlock);
+            std::uint32_t u[kBlock] = {};
+            for (std::int64_t i = 0; i < rows; ++i) {
+                u[i] = static_cast<std::uint32_t>(x[i0 + i]) & mask;
+            }
+            if (!a.levels && rows > 0) {
+                std::uint8_t level[kBlock];
+                std::memcpy(level, a.level + i0, sizeof level);
+                for (std::int64_t i = 0; i < kBlock; ++i) {
+                    const std::uint32_t was = level[i];
+                    const std::uint32_t before = msb ? (u[i] >> 1) | was << first : u[i] << 1 | was;
+                    const std::uint32_t end = (u[i] >> last) & 1U;
+                    const std::uint32_t gated = u[i] == 0 ? gate : 0U;
+                    level[i] =
+                        static_cast<std::uint8_t>((was & gated) | (end & (returns - 1U) & ~gated));
+                    u[i] = (((u[i] ^ before) & keep) | (end & returns) << bits) & ~gated;
                 }
-                out[n] = sum32(sum) >> (bit % 8);
+                std::memcpy(a.level + i0, level, sizeof level);
+            }
+            for (int plane = 0; plane < planes; ++plane) {
+                std::uint8_t* to = out + plane * a.padded_rows + i0;
+                for (std::int64_t i = 0; i < kBlock; ++i) {
+                    to[i] = static_cast<std::uint8_t>(u[i] >> (8 * plane));
+                }
             }
         }
     }
 }
 
-// What changes of the lines, or their levels, with W wide enough for all bits of a pattern.
-template <class In, class W>
-void extract_as(const ExtractArgs& a) {
-    const int bits = a.lines.bits;
-    const bool msb = a.lines.msb_first;
-    const W mask = static_cast<W>((1U << bits) - 1U);
-    const int first = msb ? bits - 1 : 0;
-    const int last = msb ? 0 : bits - 1;
-    const W keep = static_cast<W>(a.lines.cross_vector ? mask : mask & ~(1U << first));
-    const bool idle = a.lines.idle > 0;
-    const W gate = a.lines.zero_gating ? 1 : 0;
-    const std::int64_t planes = (bits + (idle ? 1 : 0) + 7) / 8;
-    std::uint8_t* out = a.out;
+void levels8(const ExtractArgs& a) {
+    const auto mask = static_cast<std::uint8_t>((1U << a.lines.bits) - 1U);
     for (std::int64_t v = 0; v < a.vectors; ++v) {
-        const In* x = reinterpret_cast<const In*>(a.x) + v * a.stride;
-        const auto each = [&](auto pattern_of) {
-            for (std::int64_t i = 0; i < a.rows; ++i) {
-                const W u = static_cast<W>(static_cast<W>(x[i]) & mask);
-                const W pattern = pattern_of(u, a.level[i]);
-                out[i] = static_cast<std::uint8_t>(pattern);
-                if constexpr (sizeof(W) > 1) {
-                    for (std::int64_t plane = 1; plane < planes; ++plane) {
-                        out[plane * a.padded_rows + i] =
-                            static_cast<std::uint8_t>(pattern >> (8 * plane));
-                    }
-                }
-            }
-        };
-        if (a.levels) {
-            each([](W u, std::uint8_t) { return u; });
-        } else {
-            const auto changes = [&](auto before) {
-                each([&](W u, std::uint8_t& level) {
-                    const bool held = (u == 0) & (gate != 0);
-                    W pattern = static_cast<W>((u ^ before(u, level)) & keep);
-                    const W end = static_cast<W>((u >> last) & 1U);
-                    if constexpr (sizeof(W) > 1) {
-                        pattern = static_cast<W>(pattern | (idle ? end << bits : 0));
-                    }
-                    level = static_cast<std::uint8_t>(held ? level : idle ? 0 : end);
-                    return static_cast<W>(held ? 0 : pattern);
-                });
-            };
-            if (msb) {
-                changes([=](W u, std::uint8_t level) {
-                    return static_cast<W>((u >> 1) | (level << first));
-                });
-            } else {
-                changes([](W u, std::uint8_t level) { return static_cast<W>((u << 1) | level); });
-            }
+        const auto* x = reinterpret_cast<const std::uint8_t*>(a.x) + v * a.stride;
+        std::uint8_t* out = a.out + v * a.padded_rows;
+        for (std::int64_t i = 0; i < a.rows; ++i) {
+            out[i] = x[i] & mask;
         }
-        for (std::int64_t plane = 0; plane < planes; ++plane) {
-            std::fill(out + plane * a.padded_rows + a.rows, out + (plane + 1) * a.padded_rows,
-                      std::uint8_t{0});
-        }
-        out += planes * a.padded_rows;
+        std::fill(out + a.rows, out + a.padded_rows, std::uint8_t{0});
     }
+}
+
+template <bool kMsb, bool kGated>
+void changes8(const ExtractArgs& a) {
+    (a.lines.bits == 8 ? changes8<kMsb, kGated, 8> : changes8<kMsb, kGated, 0>)(a);
 }
 
 void extract8(const ExtractArgs& args) {
-    if (args.lines.bits + (args.lines.idle > 0 ? 1 : 0) <= 8 && args.lines.idle == 0) {
-        extract_as<std::uint8_t, std::uint8_t>(args);
+    const Lines& lines = args.lines;
+    if (lines.bits + (lines.idle > 0 ? 1 : 0) > 8) {
+        extract_any<std::int8_t>(args);
+    } else if (args.levels) {
+        levels8(args);
+    } else if (lines.msb_first) {
+        (lines.zero_gating ? changes8<true, true> : changes8<true, false>)(args);
     } else {
-        extract_as<std::int8_t, std::uint32_t>(args);
+        (lines.zero_gating ? changes8<false, true> : changes8<false, false>)(args);
     }
 }
-void extract16(const ExtractArgs& args) { extract_as<std::int16_t, std::uint32_t>(args); }
+void extract16(const ExtractArgs& args) { extract_any<std::int16_t>(args); }
 
 // Integers whose ones fit the mask; `bad` gathers what lies outside the range of the bits.
 template <class In>

@@ -32,7 +32,7 @@ struct ExtractArgs {
     std::int64_t stride, vectors, rows, padded_rows;
     Lines lines;
     bool levels;          // the bits themselves, for a product
-    std::uint8_t* level;  // [rows] of each line before the first vector; overwritten
+    std::uint8_t* level;  // [rows, rounded up to 64] before the first vector; overwritten
     std::uint8_t* out;    // Patterns
 };
 
@@ -45,6 +45,7 @@ struct Block {
     const std::uint8_t* columns;
     std::int64_t padded_rows;
     std::int64_t digits;  // in use
+    std::int64_t digits_of_column;
     int peak;
 };
 
@@ -62,12 +63,12 @@ struct CountArgs {
 [[nodiscard]] std::int64_t scratch_bytes(std::int64_t cycles, std::int64_t padded_rows) noexcept;
 
 struct Kernels {
-    void (*extract8)(const ExtractArgs& args);   // int8 inputs, patterns of one byte
-    void (*extract16)(const ExtractArgs& args);  // any inputs of 16 bits
+    void (*extract8)(const ExtractArgs& args);   // inputs of 8 bits
+    void (*extract16)(const ExtractArgs& args);  // and of 16
     // Masks of 64 rows for every cycle: out[v * cycles + c][padded rows / 64].
     void (*masks)(const Patterns& patterns, const CycleOrder& order, std::uint64_t* out);
     void (*table)(const CountArgs& args);
-    // From `columns`: the way for few digits.
+    // Whole columns, out [vectors * cycles, columns], from `columns`: the way for few of them.
     void (*few)(const CountArgs& args);
     void (*ones)(const std::byte* data, std::int64_t bytes, bool wide, int bits, bool is_signed,
                  Ones& out);
@@ -86,7 +87,8 @@ extern const Kernels kKernels;
 }
 namespace avx512_bf16_vnni {
 void dot(const CountArgs& args);
-}
+void few_columns(const CountArgs& args);
+}  // namespace avx512_bf16_vnni
 namespace amx {
 void tiles(const CountArgs& args);
 }

@@ -33,6 +33,15 @@ constexpr std::int64_t kFew = 4;
 
 using Count = void (*)(const CountArgs&);
 
+Count few_of(const Kernels& kernels) noexcept {
+#if defined(QS_HAVE_X86)
+    if (active_isa() == Isa::kAvx512Bf16Vnni) {
+        return avx512_bf16_vnni::few_columns;
+    }
+#endif
+    return kernels.few;
+}
+
 Count pick(Formulation formulation, const Programmed& layer, const Kernels& kernels) noexcept {
     if (formulation == Formulation::kTable) {
         return kernels.table;
@@ -47,7 +56,7 @@ Count pick(Formulation formulation, const Programmed& layer, const Kernels& kern
         return amx::tiles;
     }
 #endif
-    return narrow ? kernels.few : kernels.table;
+    return narrow ? few_of(kernels) : kernels.table;
 }
 
 Status check(const Integers& x, const Lines& lines, std::int64_t width) noexcept {
@@ -67,20 +76,26 @@ std::int64_t integer(const Integers& x, std::int64_t n, std::int64_t i) noexcept
 // The level of each line before vector v: the last bit of the latest vector that was not gated.
 void levels_before(const Integers& x, const Lines& lines, std::int64_t v, std::int64_t i0,
                    std::int64_t rows, std::uint8_t* level) noexcept {
-    std::fill_n(level, rows, std::uint8_t{0});
-    if (lines.idle > 0) {
+    std::fill_n(level, round_up(rows, kBlock), std::uint8_t{0});
+    if (lines.idle > 0 || v == 0) {
         return;
     }
     const std::int64_t mask = (std::int64_t{1} << lines.bits) - 1;
     const int last = lines.msb_first ? 0 : lines.bits - 1;
-    for (std::int64_t i = 0; i < rows; ++i) {
-        for (std::int64_t before = v - 1; before >= 0; --before) {
+    std::int64_t unknown = rows;
+    constexpr std::uint8_t kUnknown = 2;
+    std::fill_n(level, rows, kUnknown);
+    for (std::int64_t before = v - 1; before >= 0 && unknown > 0; --before) {
+        for (std::int64_t i = 0; i < rows; ++i) {
             const std::int64_t u = integer(x, before, i0 + i) & mask;
-            if (u != 0 || !lines.zero_gating) {
+            if (level[i] == kUnknown && (u != 0 || !lines.zero_gating)) {
                 level[i] = static_cast<std::uint8_t>((u >> last) & 1);
-                break;
+                --unknown;
             }
         }
+    }
+    for (std::int64_t i = 0; i < rows; ++i) {
+        level[i] &= 1U;  // what is unknown was never driven
     }
 }
 
@@ -139,9 +154,13 @@ Block block_at(const Programmed& layer, std::int64_t r, std::int64_t b) noexcept
                        (r * layer.blocks() + b) * layer.block_bytes();
     const std::int64_t each = layer.columns_per_block();
     const std::int64_t columns = std::min(each, layer.columns() - b * each);
-    return {
-        data,        data + plane, data + 2 * plane, layer.padded_rows(), columns * layer.digits(),
-        layer.peak()};
+    return {data,
+            data + plane,
+            data + 2 * plane,
+            layer.padded_rows(),
+            columns * layer.digits(),
+            layer.digits(),
+            layer.peak()};
 }
 
 // Counts of one tile of rows in some vectors, handed block by block to `take`.
@@ -247,7 +266,8 @@ int Programmed::digits() const noexcept {
         return 1;
     }
     const auto most = static_cast<std::uint64_t>(std::min(banks, outputs) * weight_bits);
-    const int bits = content == Content::kWeights ? weight_bits : std::bit_width(most);
+    const int bits =
+        content == Content::kWeights ? weight_bits : static_cast<int>(std::bit_width(most));
     return std::max(1, (bits + digit_bits() - 1) / digit_bits());
 }
 int Programmed::peak() const noexcept {
@@ -384,7 +404,8 @@ Status toggles(const Programmed& layer, const ToggleArgs& args, int threads) noe
                          const std::int64_t r = task / runs;
                          const std::int64_t t0 = piece.v0 * per_vector;
                          const std::int64_t cycles = (piece.v1 - piece.v0) * per_vector;
-                         const int digits = layer.digits();
+                         // Whole columns and single digits are written in place.
+                         const int digits = tile.count == few_of(kernels) ? 1 : layer.digits();
                          const std::int64_t each = layer.columns_per_block();
                          tile.run(
                              piece, r, memory,

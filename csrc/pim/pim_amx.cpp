@@ -30,30 +30,57 @@ void configure() {
     _tile_loadconfig(&config);
 }
 
-// Bits of kCycles cycles from t0, a byte each: [rows / 64][kCycles][64]. Cycles that are none are 0.
+// Bits of one cycle, a byte each, to every 64 rows' place.
+void spread_cycle(const std::uint8_t* plane, int bit, std::int64_t rows, std::uint8_t* to) {
+    const __m512i one = _mm512_set1_epi8(1);
+    const __m128i shift = _mm_cvtsi32_si128(bit);
+    for (std::int64_t i = 0; i < rows; i += kTileBytes) {
+        const __m512i x = _mm512_loadu_si512(plane + i);
+        _mm512_storeu_si512(to + i * kCycles, _mm512_and_si512(_mm512_srl_epi16(x, shift), one));
+    }
+}
+
+// The same of the eight bits of a plane, `step` bytes from cycle to cycle.
+void spread_plane(const std::uint8_t* plane, std::int64_t rows, std::uint8_t* to,
+                  std::int64_t step) {
+    const __m512i one = _mm512_set1_epi8(1);
+    for (std::int64_t i = 0; i < rows; i += kTileBytes) {
+        __m512i x = _mm512_loadu_si512(plane + i);
+        std::uint8_t* at = to + i * kCycles;
+        for (int bit = 0; bit < 8; ++bit, at += step) {
+            _mm512_storeu_si512(at, _mm512_and_si512(x, one));
+            x = _mm512_srli_epi16(x, 1);
+        }
+    }
+}
+
+// Bits of kCycles cycles from t0: [rows / 64][kCycles][64]. Cycles that are none are 0.
 void spread(const CountArgs& args, std::int64_t t0, std::int64_t cycles, std::uint8_t* bits) {
     const Patterns& p = args.patterns;
-    const __m512i one = _mm512_set1_epi8(1);
-    const int per_vector = args.order.cycles();
+    const CycleOrder& order = args.order;
+    const int per_vector = order.cycles();
     std::int64_t v = t0 / per_vector;
     int c = static_cast<int>(t0 % per_vector);
-    for (std::int64_t t = 0; t < kCycles; ++t) {
-        const int bit = t0 + t < cycles ? args.order.bit(c) : -1;
+    for (std::int64_t t = 0; t < kCycles;) {
+        const int bit = t0 + t < cycles ? order.bit(c) : -1;
         std::uint8_t* to = bits + t * kTileBytes;
+        const std::uint8_t* plane = p.data + (v * p.planes + bit / 8) * p.padded_rows;
+        int done = 1;
         if (bit < 0) {
             for (std::int64_t i = 0; i < p.padded_rows; i += kTileBytes) {
                 _mm512_storeu_si512(to + i * kCycles, _mm512_setzero_si512());
             }
+        } else if (bit % 8 == (order.msb_first ? 7 : 0) && bit / 8 < order.bits / 8 &&
+                   t + 8 <= kCycles) {
+            done = 8;
+            std::uint8_t* lowest = order.msb_first ? to + 7 * kTileBytes : to;
+            spread_plane(plane, p.padded_rows, lowest, order.msb_first ? -kTileBytes : kTileBytes);
         } else {
-            const std::uint8_t* plane = p.data + (v * p.planes + bit / 8) * p.padded_rows;
-            const __m128i shift = _mm_cvtsi32_si128(bit % 8);
-            for (std::int64_t i = 0; i < p.padded_rows; i += kTileBytes) {
-                const __m512i x = _mm512_loadu_si512(plane + i);
-                _mm512_storeu_si512(to + i * kCycles,
-                                    _mm512_and_si512(_mm512_srl_epi16(x, shift), one));
-            }
+            spread_cycle(plane, bit % 8, p.padded_rows, to);
         }
-        if (++c == per_vector) {
+        t += done;
+        c += done;
+        if (c == per_vector) {
             c = 0;
             ++v;
         }

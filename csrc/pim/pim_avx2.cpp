@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "pim/kernel.h"
 
@@ -11,6 +12,7 @@ namespace {
 
 #include "pim/avx2_primitives.inl"
 #include "pim/count_kernel.inl"
+#include "pim/few_kernel.inl"
 
 }  // namespace
 

@@ -1,11 +1,19 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "pim/kernel.h"
 
 namespace quernstone::pim::avx512_bf16_vnni {
 namespace {
+
+#include "pim/avx512_primitives.inl"
+
+inline reg dot(reg sum, reg bytes, reg digits) { return _mm512_dpbusd_epi32(sum, bytes, digits); }
+
+#include "pim/avx512_few.inl"
 
 constexpr std::int64_t kQuad = 4;  // rows of a 32-bit lane
 constexpr int kCycles = 6;         // that one load of digits serves
@@ -49,7 +57,11 @@ void product(const std::uint8_t* bits, std::int64_t rows, const std::uint8_t* qu
 #undef QS_STORE
 }
 
+#include "pim/few_kernel.inl"
+
 }  // namespace
+
+void few_columns(const CountArgs& args) { few(args); }
 
 void dot(const CountArgs& args) {
     const Patterns& p = args.patterns;

@@ -2,6 +2,7 @@
 #include <bit>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "pim/kernel.h"
 
@@ -33,6 +34,16 @@ inline reg add64(reg a, reg b) { return a + b; }
 inline reg and_(reg a, reg b) { return a & b; }
 inline reg or_(reg a, reg b) { return a | b; }
 inline reg andnot(reg a, reg b) { return ~a & b; }
+inline reg xor_(reg a, reg b) { return a ^ b; }
+// What crosses from byte to byte is masked away, or is nothing.
+inline reg shift_right(reg a, int n) { return a >> n; }
+inline reg shift_left(reg a, int n) { return a << n; }
+// 255 where a byte is 0.
+inline reg zero_bytes(reg a) {
+    constexpr reg kLow7 = 0x7f7f7f7f7f7f7f7fU;
+    const reg top = ~(((a & kLow7) + kLow7) | a | kLow7);
+    return (top >> 7U) * 255U;
+}
 inline reg high16(reg a) { return (a >> 8U) & kLow16; }
 inline reg set8(std::uint8_t x) { return x * kOnesOfBytes; }
 inline reg set_word(std::uint8_t x) { return set8(x); }
@@ -77,9 +88,17 @@ inline reg dot(reg sum, reg bytes, reg digits) {
     }
     return sum;
 }
-inline std::int32_t sum32(reg x) { return static_cast<std::int32_t>(x); }
+inline reg shift32(reg x) { return x << 6U; }
+// That of the k-th shifted right by k.
+inline void eight_sums(reg a, reg b, reg c, reg d, reg e, reg f, reg g, reg h, std::int32_t* out) {
+    const reg sums[8] = {a, b, c, d, e, f, g, h};
+    for (unsigned k = 0; k < 8; ++k) {
+        out[k] = static_cast<std::int32_t>(sums[k] >> k);
+    }
+}
 
 #include "pim/count_kernel.inl"
+#include "pim/few_kernel.inl"
 
 }  // namespace
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from quernstone.importers import Graph, Node
 from quernstone.pim import checks
+from quernstone.pim.api import hamming_count
 
 Array = NDArray[Any]
 
@@ -129,17 +130,42 @@ def not_offline(graph: Graph) -> list[str]:
     return [f"{node.op} {node.name!r}" for node in graph.nodes if node.op in _UNKNOWN_OFFLINE]
 
 
-def rows_of(weight: Weight, given: Sequence[Tensor | None], made: Sequence[Tensor]) -> Tensor:
-    """The inputs [g, k, samples] that a weight multiplied in one run of its node."""
+def rows_of(
+    weight: Weight,
+    given: Sequence[Tensor | None],
+    made: Sequence[Tensor],
+    most: int | None = None,
+) -> Tensor:
+    """The inputs [g, k, columns] that a weight multiplied in one run of its node.
+
+    Args:
+        given, made: inputs and outputs of the node.
+        most: columns; more are thinned out evenly to about as many. None takes all.
+    """
     x = given[0]
     assert x is not None
     node, attributes = weight.node, weight.node.attributes
     if weight.role == "recurrent":
         x = _hidden_before(made[0], given[4] if len(given) > 4 else None, attributes)
     if node.op in ("linear", "lstm"):
-        return x.reshape(-1, x.shape[-1]).T.unsqueeze(0)
+        return _thinned(x.reshape(-1, x.shape[-1]).T.unsqueeze(0), most)
     if node.op == "conv_transpose":
-        return x.transpose(0, 1).reshape(weight.groups, x.shape[1] // weight.groups, -1)
+        whole = x.transpose(0, 1).reshape(weight.groups, x.shape[1] // weight.groups, -1)
+        return _thinned(whole, most)
+    windows = _windows(x, weight)
+    b, c, high, wide, *kernel = windows.shape
+    step = 1 if most is None else max(1, math.isqrt(b * high * wide // max(most, 1)))
+    picked = windows[:, :, ::step, ::step].permute(1, 4, 5, 0, 2, 3)
+    return picked.reshape(weight.groups, c // weight.groups * math.prod(kernel), -1)
+
+
+def _thinned(x: Tensor, most: int | None) -> Tensor:
+    return x if most is None else x[..., :: max(1, x.shape[-1] // most)]
+
+
+def _windows(x: Tensor, weight: Weight) -> Tensor:
+    """A view [b, c, high, wide, kernel...] of what each output of a convolution sees."""
+    attributes = weight.node.attributes
     padding, stride, dilation = (
         list(attributes[name]) for name in ("padding", "stride", "dilation")
     )
@@ -148,11 +174,20 @@ def rows_of(weight: Weight, given: Sequence[Tensor | None], made: Sequence[Tenso
         x = x.unsqueeze(2)
         padding, stride = [(0, 0), *padding], [1, *stride]
         dilation, kernel = [1, *dilation], [1, *kernel]
-    x = functional.pad(x, [side for sides in reversed(padding) for side in sides])
-    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
-    b, rows, places = columns.shape
-    grouped = columns.reshape(b, weight.groups, rows // weight.groups, places)
-    return grouped.permute(1, 2, 0, 3).reshape(weight.groups, rows // weight.groups, b * places)
+    x = functional.pad(x, [side for sides in reversed(padding) for side in sides]).contiguous()
+    extents = [
+        (x.shape[2 + axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    ]
+    by = x.stride()
+    return x.as_strided(
+        (*x.shape[:2], *extents, *kernel),
+        (
+            *by[:2],
+            *(by[2 + axis] * stride[axis] for axis in (0, 1)),
+            *(by[2 + axis] * dilation[axis] for axis in (0, 1)),
+        ),
+    )
 
 
 def _hidden_before(out: Tensor, first: Tensor | None, attributes: Any) -> Tensor:
@@ -193,8 +228,7 @@ class Codes:
     @property
     def ones(self) -> int:
         """Set bits of all that is stored."""
-        mask = (1 << self.bits) - 1
-        return int(np.bitwise_count(self.stored.astype(np.int32) & mask).sum(dtype=np.int64))
+        return int(hamming_count(self.stored, self.bits).counts)
 
     @property
     def hamming_rate(self) -> float:

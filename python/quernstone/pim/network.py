@@ -32,7 +32,7 @@ PRICES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 # Of prices: where shift and scale are chosen.
 _PROBES = (2.0, 8.0)
 # Rows of a layer that are tried, and columns of its inputs that are taken from one batch.
-_ROWS, _COLUMNS = 64, 8192
+_ROWS, _COLUMNS = 64, 4096
 # Ratios beyond are all the same.
 _MOST_DECIBELS = 90.0
 
@@ -74,8 +74,7 @@ def calibrate(graph: Graph, batches: Iterable[Inputs]) -> Calibration:
         for weight in layers[node.name]:
             x: Tensor | None = None
             if shared[weight.name] == weight.name:
-                x = rows_of(weight, given, made).float()
-                x = x[..., :: max(1, x.shape[-1] // _COLUMNS)]
+                x = rows_of(weight, given, made, _COLUMNS).float()
                 if not bool(torch.isfinite(x).all()):
                     raise ValueError(f"{weight.name}: got inputs that are not finite")
                 product = x @ x.transpose(1, 2)
@@ -368,7 +367,7 @@ def compress(
     """Quantises a network to integers of few ones, with calibration inputs alone.
 
     Weights are integers of `bits` bits with a scale for each output channel; activations stay as
-    they are. Nothing is trained.
+    they are. Nothing is trained. What is kept is the network in its nearest integers.
 
     Args:
         graph: of `quernstone.importers`.
@@ -393,7 +392,11 @@ def compress(
 
 
 class _Problem:
-    """One weight to round: all of it, or some rows of each group."""
+    """One weight to round: all of it, or some rows of each group.
+
+    It is rounded towards its nearest integers, which everything is compared with: without a price
+    it stays what it is.
+    """
 
     def __init__(
         self,
@@ -408,14 +411,12 @@ class _Problem:
         self.weight, self.hessian, self.upper, self.power = weight, hessian, upper, power
         self.bits = bits
         self.nearest = nearest_codes(weight, array, bits)
-        matrices = weight.matrices(array).double()
-        g, n, _ = matrices.shape
+        g, n, _ = weight.matrices(array).shape
         few = n if rows is None else min(n, max(1, -(-rows // g)))
         index = torch.arange(few) * n // few
         self.share = few / n
         self._index = index
-        self.matrices = matrices[:, index]
-        self.rounded = weight.matrices(self.nearest.values()).double()[:, index]
+        self.matrices = weight.matrices(self.nearest.values()).double()[:, index]
         self.scale = weight.per_row(torch.from_numpy(self.nearest.scale))[:, index]
         steps = upper.diagonal(dim1=1, dim2=2).square().reciprocal().mean()
         self.unit = float(steps * self.scale.square().mean())
@@ -434,7 +435,7 @@ class _Problem:
     def noise(self, stored: Tensor) -> float:
         """Of what was rounded last, against the nearest integers."""
         values = (stored.double() - self._shift) * (self.scale * self._stretch).unsqueeze(-1)
-        off = values - self.rounded
+        off = values - self.matrices
         return float(((off @ self.hessian.double()) * off).sum().clamp(min=0)) / self.share
 
     def codes(self, stored: Tensor, option: _Option) -> Codes:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,13 +43,18 @@ def shifted(codes: Codes, shift: int) -> Codes:
     Raises:
         ValueError: a shift as large as the codes themselves.
     """
+    _check_shift(shift, codes.bits)
     low, high = checks.span(codes.bits, signed=True)
-    if not low <= shift <= high:
-        raise ValueError(f"shift: got {shift}, expected {low} to {high} ({codes.bits} bits)")
     wanted = codes.stored.astype(np.int64) - codes.shift + shift
     stored = np.clip(wanted, low, high)
     clipped = int((stored != wanted).sum())
     return replace(codes, stored=stored.astype(np.int16), shift=shift, clipped=clipped)
+
+
+def _check_shift(shift: int, bits: int) -> None:
+    low, high = checks.span(bits, signed=True)
+    if not low <= shift <= high:
+        raise ValueError(f"shift: got {shift}, expected {low} to {high} ({bits} bits)")
 
 
 def search_shifts(
@@ -75,13 +81,31 @@ def search_shifts(
     """
     if not layers or not shifts:
         raise ValueError(f"layers, shifts: got {len(layers)} and {len(shifts)}, expected some")
+    for shift in shifts:
+        _check_shift(shift, min(layer.bits for layer in layers))
     if not 0.0 <= clipped <= 1.0:
         raise ValueError(f"clipped: got {clipped}, expected 0 to 1")
-    tried = [[shifted(layer, shift) for shift in shifts] for layer in layers]
-    options = [[(codes.clipped, codes.ones) for codes in group] for group in tried]
+    options = [
+        [_outcome(layer, counts, shift) for shift in shifts]
+        for layer, counts in ((layer, _histogram(layer)) for layer in layers)
+    ]
     budget = math.floor(clipped * sum(layer.stored.size for layer in layers))
     choice = allocate(options, budget).choice
-    return [group[at] for group, at in zip(tried, choice, strict=True)]
+    return [shifted(layer, shifts[at]) for layer, at in zip(layers, choice, strict=True)]
+
+
+def _histogram(codes: Codes) -> NDArray[np.int64]:
+    low, _ = checks.span(codes.bits, signed=True)
+    return np.bincount(codes.stored.ravel().astype(np.int64) - low, minlength=1 << codes.bits)
+
+
+def _outcome(codes: Codes, counts: NDArray[np.int64], shift: int) -> tuple[int, int]:
+    """What `shifted` would cut, and the ones that it would leave, from how often integers occur."""
+    low, high = checks.span(codes.bits, signed=True)
+    wanted = np.arange(low, high + 1) - codes.shift + shift
+    stored = np.clip(wanted, low, high)
+    ones = np.bitwise_count(stored & ((1 << codes.bits) - 1))
+    return int(counts[stored != wanted].sum()), int((counts * ones).sum())
 
 
 def integer_output(codes: Codes, x: Tensor, *, zero_point: int = 0) -> Tensor:
