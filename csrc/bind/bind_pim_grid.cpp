@@ -6,6 +6,7 @@
 #include "bind/array.h"
 #include "common/parallel.h"
 #include "pim/cholesky.h"
+#include "pim/tree.h"
 
 namespace py = pybind11;
 
@@ -55,6 +56,26 @@ void reach(const Array<std::int32_t>& a, const Array<std::int32_t>& b,
                      output<std::uint8_t, 1>(reached, "reached")));
 }
 
+void tree_toggles(const Array<std::int32_t>& weights, const Array<std::int32_t>& inputs,
+                  std::int64_t rows, std::int64_t banks, int weight_bits, int input_bits,
+                  bool input_signed, bool msb_first, Array<std::int64_t>& out) {
+    const pim::TreeArgs args{view<const std::int32_t, 2>(weights, "weights"),
+                             view<const std::int32_t, 2>(inputs, "inputs"),
+                             rows,
+                             banks,
+                             weight_bits,
+                             input_bits,
+                             input_signed,
+                             msb_first,
+                             output<std::int64_t, 4>(out, "out")};
+    Status status;
+    {
+        const py::gil_scoped_release release;
+        status = pim::tree_toggles(args, num_threads());
+    }
+    raise(status);
+}
+
 }  // namespace
 
 void register_pim_grid(py::module_& m) {
@@ -70,6 +91,10 @@ void register_pim_grid(py::module_& m) {
         .def_property_readonly("operations", &Cholesky::operations);
     m.def("reach", &reach, array("a"), array("b"), array("reached"),
           "Marks the nodes that a path leads to from a marked one.");
+    m.def("tree_stages", &pim::tree_stages, py::arg("rows"));
+    m.def("tree_toggles", &tree_toggles, array("weights"), array("inputs"), py::arg("rows"),
+          py::arg("banks"), py::arg("weight_bits"), py::arg("input_bits"), py::arg("input_signed"),
+          py::arg("msb_first"), array("out"), "Bits that change in adder trees, by stage.");
 }
 
 }  // namespace quernstone::bind

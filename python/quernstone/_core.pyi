@@ -271,3 +271,17 @@ class pim:
 
     @staticmethod
     def reach(a: NDArray[np.int32], b: NDArray[np.int32], reached: NDArray[np.uint8]) -> None: ...
+    @staticmethod
+    def tree_stages(rows: int) -> int: ...
+    @staticmethod
+    def tree_toggles(
+        weights: NDArray[np.int32],
+        inputs: NDArray[np.int32],
+        rows: int,
+        banks: int,
+        weight_bits: int,
+        input_bits: int,
+        input_signed: bool,
+        msb_first: bool,
+        out: NDArray[np.int64],
+    ) -> None: ...
