@@ -17,6 +17,7 @@ from quernstone.machine import Figure, Machine
 from quernstone.pim.grid import Grid, Response, factor, mesh, pad_lattice, tile_shares
 from quernstone.pim.grid_chip import POWER_GRID, chip_response, macro_rows
 from quernstone.pim.grid_netlist import grid_of, netlist_of
+from quernstone.pim.heatmap import heatmap
 from tests.pim import ngspice
 
 ICCAD = Path(__file__).parents[2] / "../shared/data/iccad2023"
@@ -293,3 +294,14 @@ def test_a_chips_grid_drops_at_full_power_by_what_sign_off_allows() -> None:
 @pytest.mark.parametrize(("macros", "rows"), [(1, (1, 1)), (7, (1, 7)), (12, (3, 4)), (64, (8, 8))])
 def test_macros_lie_as_square_as_their_number_allows(macros: int, rows: tuple[int, int]) -> None:
     assert macro_rows(macros) == rows
+
+
+def test_a_heat_map_shows_every_node_and_the_macros_borders() -> None:
+    grid, currents = lattice(8)
+    drop = factor(grid).drop(currents)
+    figure = heatmap(grid, drop, tiles=(2, 4), title="one cycle")
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), 1e3 * drop[:64].reshape(8, 8))
+    assert len(axes.lines) == 1 + 3
+    with pytest.raises(ValueError, match=r"drop: got shape \(3,\), expected \(65,\)"):
+        heatmap(grid, np.ones(3))

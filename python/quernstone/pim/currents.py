@@ -96,7 +96,7 @@ def adder_tree_toggles(weights: Integers, inputs: Integers, macro: Macro) -> NDA
 
 
 def charge(toggles: NDArray[np.int64], switching: Machine = SWITCHING) -> Floats:
-    """What the toggles of `adder_tree_toggles` move, [..., s] to [...], in the units of a cell's."""
+    """Charges of `adder_tree_toggles`, [..., s] to [...], in the units of a cell's."""
     cell, adder, accumulator = (
         switching.value(f"switch.{name}", "1") for name in ("cell", "adder", "accumulator")
     )
