@@ -27,6 +27,8 @@ void register_moe_runtime(pybind11::module_& moe);
 void register_moe_operator();
 
 // Functions of _core.pim.
+void register_pim_chip(pybind11::module_& pim);
 void register_pim(pybind11::module_& pim);
+void register_pim_grid(pybind11::module_& pim);
 
 }  // namespace quernstone::bind

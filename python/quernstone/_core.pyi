@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -222,6 +224,50 @@ class moe:
 
 
 class pim:
+    @staticmethod
+    def boost(
+        dynamic: _Floats,
+        leak: _Floats,
+        response: _Floats,
+        group: _Ints,
+        domain: _Ints,
+        safe: _Ints,
+        first: _Ints,
+        volts: _Floats,
+        hertz: _Floats,
+        need: _Floats,
+        adapt: bool,
+        control: tuple[int, int, int, int, int],
+        nominal: tuple[float, float],
+        most_changes: int,
+    ) -> tuple[_Floats, _Floats, _Ints, _Ints, _Ints, _Ints, _Floats, list[Any], int]: ...
+    @staticmethod
+    def map_tasks(
+        level: _Ints,
+        set: _Ints,
+        pinned: _Ints,
+        weight: _Floats,
+        volts: _Floats,
+        hertz: _Floats,
+        groups: int,
+        places: int,
+        objective: str,
+        moves: int,
+        seed: int,
+    ) -> tuple[_Ints, float]: ...
+    @staticmethod
+    def mapping_cost(
+        level: _Ints,
+        set: _Ints,
+        pinned: _Ints,
+        weight: _Floats,
+        volts: _Floats,
+        hertz: _Floats,
+        groups: int,
+        places: int,
+        objective: str,
+        group: _Ints,
+    ) -> float: ...
     class Lines:
         def __init__(
             self,
@@ -285,3 +331,40 @@ class pim:
     def bench_loads(address: int, bytes: int, repeats: int) -> None: ...
     @staticmethod
     def formulations() -> list[str]: ...
+
+    class Cholesky:
+        def __init__(
+            self,
+            a: NDArray[np.int32],
+            b: NDArray[np.int32],
+            conductance: _Floats,
+            ground: _Floats,
+            x: _Floats | None,
+            y: _Floats | None,
+        ) -> None: ...
+        def solve(self, currents: _Floats, out: _Floats, threads: int) -> None: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def stored(self) -> int: ...
+        @property
+        def nonzeros(self) -> int: ...
+        @property
+        def operations(self) -> float: ...
+
+    @staticmethod
+    def reach(a: NDArray[np.int32], b: NDArray[np.int32], reached: NDArray[np.uint8]) -> None: ...
+    @staticmethod
+    def tree_stages(rows: int) -> int: ...
+    @staticmethod
+    def tree_toggles(
+        weights: NDArray[np.int32],
+        inputs: NDArray[np.int32],
+        rows: int,
+        banks: int,
+        weight_bits: int,
+        input_bits: int,
+        input_signed: bool,
+        msb_first: bool,
+        out: NDArray[np.int64],
+    ) -> None: ...
