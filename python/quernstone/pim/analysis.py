@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from quernstone.importers import Graph
 from quernstone.machine import Machine
 from quernstone.pim import wds
-from quernstone.pim.chip import CHIPS
-from quernstone.pim.floorplan import chip_response
-from quernstone.pim.layers import Codes
+from quernstone.pim.chip import CHIPS, Mode, VfTable
+from quernstone.pim.grid_chip import chip_response
+from quernstone.pim.layers import Codes, nearest_codes, weights_of
+from quernstone.pim.mapper import mapping_cost
 from quernstone.pim.network import Candidates, calibrate
 from quernstone.pim.sensitivity import Headline, headline, outcomes
-from quernstone.pim.system import Outcome, Trace, network_trace
+from quernstone.pim.system import (
+    Outcome,
+    Settings,
+    Trace,
+    mapped_round,
+    network_trace,
+)
 from quernstone.pim.work import MOST_VECTORS, network_work
 
 VARIANTS = ("int8", "lhr", "wds", "lhr+wds")
@@ -111,7 +123,7 @@ def analyze(
         chip: a name of `CHIPS`, or figures of the same names.
         snr: dB, see `variants`.
         vectors: most consecutive vectors of a layer that are looked at.
-        shape: [m, m] response of another grid than `floorplan.chip_response` makes.
+        shape: [m, m] response of another grid than `grid_chip.chip_response` makes.
         seed: of the mapper.
 
     Raises:
@@ -120,10 +132,7 @@ def analyze(
 
     Source: AIM, arXiv 2511.04321 (our reading: the body of the paper was not at hand).
     """
-    if isinstance(chip, str):
-        if chip not in CHIPS:
-            raise ValueError(f"chip: got {chip!r}, expected one of {', '.join(CHIPS)}")
-        chip = CHIPS[chip]
+    chip = _chip(chip)
     if not batches:
         raise ValueError("batches: got none, expected at least one")
     return analyze_variants(
@@ -143,7 +152,7 @@ def analyze_variants(
     seed: int = 0,
 ) -> Report:
     """`analyze` of integers that are there already, as `variants` gives them."""
-    response = chip_response(chip) if shape is None else shape
+    response = chip_response(chip).between_macros() if shape is None else shape
     traces, rates, share = {}, {}, 0.0
     for name in VARIANTS:
         found = codes[name]
@@ -158,3 +167,96 @@ def analyze_variants(
         rates[name] = ones / sum(one.bits * one.stored.size for one in found.values())
     low, sprint = outcomes(traces, chip, response, seed)
     return Report(chip, traces, rates, low, sprint, headline(low, sprint, chip), share, response)
+
+
+@dataclass(frozen=True)
+class MappedRound:
+    """Where the tasks of a round lie."""
+
+    names: tuple[str, ...]
+    """Of the tasks: layer[tile of rows, tile of banks]."""
+    hamming: tuple[float, ...]
+    group: tuple[int, ...]
+    cost: float
+    """C V^2 in low power (charge at full toggles, times volts squared), s in sprint."""
+    before: float
+    """With the tasks in order."""
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["hamming"] = [None if np.isnan(rate) else rate for rate in self.hamming]
+        return found
+
+
+def map_network(
+    graph: Graph,
+    inputs: Mapping[str, Tensor],
+    chip: str | Machine = "aim-7nm-256tops",
+    *,
+    mode: Mode = "low-power",
+    moves: int = 200_000,
+    seed: int = 0,
+    vectors: int = MOST_VECTORS,
+) -> list[MappedRound]:
+    """Places a network's nearest integers of 8 bits on the groups of a chip.
+
+    Args:
+        graph, inputs: of the network, one input by name.
+        chip: as `analyze` takes it.
+        mode: whether energy or latency is made small.
+        moves, seed: of the annealing.
+        vectors: as `analyze` takes it.
+
+    Raises:
+        ValueError: an unknown chip or mode, a layer that is not supported.
+    """
+    chip = _chip(chip)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
+    codes = {
+        weight.node.name: nearest_codes(weight, graph.constants[weight.constant], 8).stored
+        for weight in weights_of(graph)
+        if weight.role == "weight"
+    }
+    weights = {name: stored.astype(np.int8) for name, stored in codes.items()}
+    trace = network_trace(network_work(graph, inputs, weights, vectors=vectors), chip)
+    table = VfTable.of_chip(chip, mode)
+    settings = Settings(mode, moves=moves, seed=seed)
+    found = []
+    for one in trace.rounds:
+        problem, mapped = mapped_round(one, table, chip, settings)
+        in_order = np.arange(len(one.tasks)) // problem["places"]
+        found.append(
+            MappedRound(
+                tuple(task.name for task in one.tasks),
+                tuple(task.hamming for task in one.tasks),
+                tuple(mapped.group.tolist()),
+                mapped.cost,
+                mapping_cost(in_order, **problem),
+            )
+        )
+    return found
+
+
+def load_inputs(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
+    """Inputs of a network from an .npz file, arrays by the names of the inputs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no arrays of numbers.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [{name: torch.from_numpy(file[name]) for name in file.files}]
+    except (OSError, TypeError, ValueError, EOFError, AttributeError, BadZipFile) as error:
+        raise ValueError(f"{path}: got no whole .npz file of arrays ({error})") from None
+
+
+def _chip(chip: str | Machine) -> Machine:
+    if not isinstance(chip, str):
+        return chip
+    if chip not in CHIPS:
+        raise ValueError(f"chip: got {chip!r}, expected one of {', '.join(CHIPS)}")
+    return CHIPS[chip]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from quernstone.pim import api
 from quernstone.pim.booster import Boosted, Control, boost
 from quernstone.pim.chip import Mode, VfTable, signoff_toggle_current
 from quernstone.pim.macro import Macro
-from quernstone.pim.mapper import map_tasks
+from quernstone.pim.mapper import Mapped, map_tasks
 from quernstone.pim.work import NetworkWork, Work
 
 Floats = NDArray[np.float64]
@@ -218,7 +218,7 @@ def run(trace: Trace, chip: Machine, response: Floats, settings: Settings | None
     done = []
     seconds = joules = 0.0
     for one in trace.rounds:
-        place = _places(one, table, groups, macros // groups, settings)
+        place = _places(one, table, chip, settings)
         dynamic = np.zeros((one.cycles, macros))
         hamming, leak = np.zeros(macros), np.zeros(macros)
         for task, at in zip(one.tasks, place, strict=True):
@@ -255,27 +255,36 @@ def run(trace: Trace, chip: Machine, response: Floats, settings: Settings | None
     )
 
 
-def _places(
-    one: Round, table: VfTable, groups: int, places: int, settings: Settings
-) -> NDArray[np.int64]:
+def mapped_round(
+    one: Round, table: VfTable, chip: Machine, settings: Settings
+) -> tuple[dict[str, Any], Mapped]:
+    """The mapper's problem of a round, as arguments of `map_tasks`, and its solution."""
+    groups = round(chip.value("chip.groups", "1"))
+    energy = settings.mode == "low-power"
+    charge = signoff_toggle_current(chip) / table.nominal_hertz
+    problem: dict[str, Any] = {
+        "rates": [task.hamming for task in one.tasks],
+        "table": table,
+        "groups": groups,
+        "places": round(chip.value("chip.macros", "1")) // groups,
+        "sets": [task.layer for task in one.tasks],
+        "weights": [
+            charge * float(task.toggles.sum()) if energy else float(one.cycles)
+            for task in one.tasks
+        ],
+        "objective": "energy" if energy else "latency",
+    }
+    return problem, map_tasks(**problem, moves=settings.moves, seed=settings.seed)
+
+
+def _places(one: Round, table: VfTable, chip: Machine, settings: Settings) -> NDArray[np.int64]:
     """The macro of each task."""
     count = len(one.tasks)
     if not settings.mapping:
         return np.arange(count)
-    energy = settings.mode == "low-power"
-    active = [float(t.toggles.sum()) if energy else float(one.cycles) for t in one.tasks]
-    mapped = map_tasks(
-        [task.hamming for task in one.tasks],
-        table,
-        groups=groups,
-        places=places,
-        sets=[task.layer for task in one.tasks],
-        weights=active,
-        objective="energy" if energy else "latency",
-        moves=settings.moves,
-        seed=settings.seed,
-    )
-    taken = np.zeros(groups, np.int64)
+    problem, mapped = mapped_round(one, table, chip, settings)
+    places = problem["places"]
+    taken = np.zeros(problem["groups"], np.int64)
     found = np.empty(count, np.int64)
     for i, g in enumerate(mapped.group.tolist()):
         found[i] = g * places + taken[g]
@@ -338,4 +347,24 @@ def compare(
             raise ValueError(f"traces: got {sorted(traces)}, expected {of!r} too")
         chosen = replace(base, booster=booster, mapping=mapping)
         found[name] = run(traces[of], chip, response, chosen)
+    return found
+
+
+def worst_currents(trace: Trace, chip: Machine, response: Floats) -> Floats:
+    """[m] A of the cycle with the worst drop, all at the level of sign-off, tasks in order.
+
+    Args:
+        trace, chip, response: as `run` takes them.
+    """
+    macros = round(chip.value("chip.macros", "1"))
+    static, full = chip.value("macro.static_share", "1"), signoff_toggle_current(chip)
+    worst, found = -1.0, np.zeros(macros)
+    for one in trace.rounds:
+        amperes = np.zeros((one.cycles, macros))
+        for at, task in enumerate(one.tasks):
+            amperes[:, at] = full * (static + (1.0 - static) * task.toggles)
+        drops = (amperes @ response.T).max(axis=1)
+        cycle = int(drops.argmax())
+        if drops[cycle] > worst:
+            worst, found = float(drops[cycle]), amperes[cycle].copy()
     return found
