@@ -182,15 +182,15 @@ TEST(pim_ones_are_those_of_each_integer) {
 
 TEST(pim_refuses_what_does_not_fit_before_it_reads) {
     Programmed layer{4, 8, 0, 64, 8, true, Content::kOnes, nullptr};
-    CHECK_EQ(check(layer).what, std::string("rows"));
+    CHECK_EQ(pim::check(layer).what, std::string("rows"));
     layer.rows = 8;
     layer.weight_bits = 17;
-    CHECK_EQ(check(layer).what, std::string("weight_bits"));
+    CHECK_EQ(pim::check(layer).what, std::string("weight_bits"));
     layer.weight_bits = 8;
-    CHECK(check(layer).ok());
+    CHECK(pim::check(layer).ok());
     Lines lines;
     lines.bits = 0;
-    CHECK_EQ(check(lines).what, std::string("input_bits"));
+    CHECK_EQ(pim::check(lines).what, std::string("input_bits"));
     lines.bits = 9;
     const Integers narrow{nullptr, 2, 8, 8, false};
     const View<std::int32_t, 3> out{nullptr, {1, 18, 4}, {72, 4, 1}};
