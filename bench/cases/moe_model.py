@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -148,7 +149,7 @@ def packed_copy(model: Any, **settings: Any) -> Any:
     for names in together(linears):
         matrices.update(packing.matrices({n: linears[n].weight.detach() for n in names}))
     with torch.device("meta"):
-        made = type(model)(model.config)
+        made = type(model)(copy.deepcopy(model.config))
     inside = (*(f"{name}.experts." for name in experts), *(f"{name}." for name in matrices))
 
     def weight(name: str, shape: torch.Size) -> Tensor:
