@@ -93,7 +93,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._recording: Recording | None = None
         self._closed = False
-        self._computes = ["float" if of.shape.format == "bf16" else "int8" for of in self._experts]
+        self._computes = [of.compute for of in self._experts]
         self._layouts = [of.shape.layout() for of in self._experts]
         if device is None:
             if costs is not None:
@@ -423,7 +423,7 @@ class HybridMoE(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._call = bind_experts(self.experts)
         self._file = _mapping(self.experts)
 
