@@ -8,6 +8,7 @@ of it.
 """
 
 from quernstone.moe import reference, reference_schedule
+from quernstone.moe.checkpoint import load_packed, pack_checkpoint
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
 from quernstone.moe.cuda_device import CudaDevice
 from quernstone.moe.devices import Device, EmulatedDevice, Work
@@ -20,6 +21,7 @@ from quernstone.moe.gating import (
     search_threshold,
     threshold_candidates,
 )
+from quernstone.moe.hf import Acceleration, Packing, accelerate
 from quernstone.moe.replay import HitCurve, gap_closed, replay
 from quernstone.moe.routing import moe_blocks, prediction_accuracy, record_routing
 from quernstone.moe.runtime import HybridMoE, Runtime
@@ -39,6 +41,7 @@ from quernstone.moe.trace import Trace
 __all__ = [
     "MODELS",
     "PRESETS",
+    "Acceleration",
     "AdaptiveGating",
     "CostModel",
     "CudaDevice",
@@ -55,12 +58,14 @@ __all__ = [
     "LayerUse",
     "Memory",
     "ModelShape",
+    "Packing",
     "Policy",
     "Prefetch",
     "Runtime",
     "Schedule",
     "Trace",
     "Work",
+    "accelerate",
     "allocate_slots",
     "cancel",
     "drop_experts",
@@ -68,8 +73,10 @@ __all__ = [
     "gap_closed",
     "layer_sensitivity",
     "load_experts",
+    "load_packed",
     "measured_loads",
     "moe_blocks",
+    "pack_checkpoint",
     "prediction_accuracy",
     "prefetch",
     "profile_machine",

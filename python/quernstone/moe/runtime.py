@@ -93,7 +93,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._recording: Recording | None = None
         self._closed = False
-        self._computes = ["float" if of.shape.format == "bf16" else "int8" for of in self._experts]
+        self._computes = [of.compute for of in self._experts]
         self._layouts = [of.shape.layout() for of in self._experts]
         if device is None:
             if costs is not None:

@@ -40,7 +40,7 @@ def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]
         shape.intermediate,
         shape.group,
         shape.zero_points,
-        shape.format != "bf16",
+        experts.compute == "int8",
     )
     operator = torch.ops.quernstone.moe_experts.default
 
