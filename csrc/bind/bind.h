@@ -21,4 +21,7 @@ void register_moe_experts(pybind11::module_& moe);
 void register_moe_cache(pybind11::module_& moe);
 void register_moe_schedule(pybind11::module_& moe);
 
+// Functions of _core.pim.
+void register_pim_lhr(pybind11::module_& pim);
+
 }  // namespace quernstone::bind

@@ -84,6 +84,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind::register_moe_experts(moe);
     bind::register_moe_cache(moe);
     bind::register_moe_schedule(moe);
+    auto pim = m.def_submodule("pim", "Bit-serial processing in memory.");
+    bind::register_pim_lhr(pim);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");
