@@ -17,7 +17,7 @@ VERTICALS ?= all
 BIN := .venv/bin
 CMAKE := PATH=$(CURDIR)/$(BIN):$$PATH cmake
 PICK := $(filter-out all,$(VERTICALS))
-TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(PICK),attention moe)))
+TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(PICK),attention moe pim)))
 find = $(shell find $(1) -type f -not -path '*/__pycache__/*' -not -path 'bench/results/*')
 SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
