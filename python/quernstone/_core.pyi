@@ -128,3 +128,31 @@ class moe:
     def cancel(
         transfer: _Floats, needed: NDArray[np.bool_], elapsed: float, tiles: int, now: float
     ) -> tuple[NDArray[np.bool_], _Floats, float]: ...
+
+class pim:
+    @staticmethod
+    def lhr_mean(
+        weight: NDArray[np.float32], scales: NDArray[np.float32], group: int, bits: int, shift: int
+    ) -> float: ...
+    @staticmethod
+    def lhr_gradient(
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        group: int,
+        bits: int,
+        shift: int,
+        factor: float,
+        accumulate: bool,
+        grad: NDArray[np.float32],
+    ) -> None: ...
+    @staticmethod
+    def lhr_squared(
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        group: int,
+        bits: int,
+        shift: int,
+        factor: float,
+        accumulate: bool,
+        grad: NDArray[np.float32],
+    ) -> float: ...
