@@ -1,0 +1,163 @@
+"""Weights for the Hamming regulariser, and MiniLM's fine-tuning without labels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quernstone.bench.fidelity import common, language
+from quernstone.bench.tinylm import corpus
+from quernstone.importers.models import minilm, minilm_tokenizer
+from quernstone.pim import FitReport, fit
+
+WEIGHTS = 25_000_000
+"""As many as a ResNet-50 has."""
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """A layer of `WEIGHTS` Gaussian weights with one scale, or one a channel of 4096."""
+
+    scales: str
+    threads: int
+    bits: int = 8
+    quick: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"pim.lhr.{self.scales}.int{self.bits}.t{self.threads}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (5000, 5000) if self.scales == "tensor" else (6104, 4096)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How MiniLM is fine-tuned: chosen on the calibration sentences, never on held-out ones."""
+
+    steps: int = 120
+    batch: int = 16
+    batches: int = 40
+    tokens: int = 32
+    rate: float = 1e-4
+    ratio: float = 1e-3
+    shift: int = 16
+    price: float = 12.0
+    warmup: int = 5
+    seed: int = 0
+
+
+@functools.cache
+def sentences(split: str) -> tuple[str, ...]:
+    """Sentences of the standard library's documentation, by document in one of two splits.
+
+    None of `train` is among the held-out ones that `bench.fidelity` measures with.
+    """
+    flat = " ".join(corpus.documentation().text(split).decode().split())
+    parts = (part.strip() for part in flat.split(". "))
+    known = set(common.sentences("held-out")) if split == corpus.TRAIN else set()
+    return tuple(
+        part
+        for part in dict.fromkeys(parts)
+        if 30 <= len(part) <= 200
+        and part not in known
+        and part.isascii()
+        and not set("=<>{}[]\\|_") & set(part)
+    )
+
+
+def encode(texts: list[str], tokens: int) -> dict[str, Tensor]:
+    """Sentences as MiniLM takes them, cut to that many tokens."""
+    tokenizer = minilm_tokenizer()
+    tokenizer.enable_truncation(tokens)
+    tokenizer.enable_padding()
+    found = tokenizer.encode_batch(texts)
+    return {
+        "input_ids": torch.tensor([e.ids for e in found]),
+        "attention_mask": torch.tensor([e.attention_mask for e in found]),
+        "token_type_ids": torch.tensor([e.type_ids for e in found]),
+    }
+
+
+def drawn(split: str, count: int, seed: int) -> list[str]:
+    """Sentences of a split, without order but that of the seed."""
+    known = sentences(split)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(known), generator=generator)[:count]
+    return [known[int(i)] for i in order]
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    tokens = mask.unsqueeze(-1).to(hidden.dtype)
+    return functional.normalize((hidden * tokens).sum(1) / tokens.sum(1), dim=-1)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """MiniLM with few ones, and how near its embeddings are to those in fp32."""
+
+    report: FitReport
+    cosines: Tensor = field(repr=False)
+    """Of held-out documents' sentences."""
+    fidelity: Tensor = field(repr=False)
+    """Of the sentences of `bench.fidelity`."""
+
+
+@functools.cache
+def tuned(recipe: Recipe = Recipe(), say: Callable[[str], None] | None = None) -> Tuned:
+    """Distils MiniLM into itself: the same embeddings, from weights with few ones."""
+    base = minilm()
+    module = base.module()
+    for layer in module.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            weight.requires_grad_(isinstance(layer, nn.Linear))
+    texts = sorted(drawn(corpus.TRAIN, recipe.batch * recipe.batches, recipe.seed), key=len)
+    batches = [
+        encode(texts[i : i + recipe.batch], recipe.tokens)
+        for i in range(0, len(texts), recipe.batch)
+    ]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    order = [
+        int(i)
+        for _ in range(-(-recipe.steps // len(batches)))
+        for i in torch.randperm(len(batches), generator=generator)
+    ]
+    wanted: dict[int, Tensor] = {}
+
+    def loss(step: int) -> Tensor:
+        batch = batches[order[step]]
+        if order[step] not in wanted:
+            with torch.no_grad():
+                wanted[order[step]] = base.run(batch)["last_hidden_state"]
+        want = wanted[order[step]]
+        hidden = module(batch)
+        mask = batch["attention_mask"]
+        apart = 1 - (pooled(hidden, mask) * pooled(want, mask)).sum(-1).mean()
+        tokens = mask.unsqueeze(-1)
+        error = ((hidden - want).square() * tokens).sum() / (want.square() * tokens).sum()
+        if say is not None:
+            say(f"{step} {float(apart.detach()):.5f} {float(error.detach()):.5f}")
+        return apart + error
+
+    report = fit(
+        module,
+        loss,
+        steps=recipe.steps,
+        ratio=recipe.ratio,
+        shift=recipe.shift,
+        price=recipe.price,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=recipe.rate),
+        warmup=recipe.warmup,
+        seed=recipe.seed,
+    )
+    changed = module.graph()
+    held_out = encode(drawn(corpus.HELD_OUT, 64, 0), 64)
+    both = [language.embed(network, held_out) for network in (base, changed)]
+    return Tuned(report, (both[0] * both[1]).sum(-1), language.cosines(base, changed))
