@@ -109,6 +109,19 @@ def reading() -> Iterator[Limit]:
         )
 
 
+@contextlib.contextmanager
+def copying() -> Iterator[Limit]:
+    """A non-temporal copy, read and written bytes together, at the best of the settings."""
+    best = copy_bandwidth(quick=True)
+    with buffer(best.size, best.page) as to, buffer(best.size, best.page) as source:
+        yield Limit(
+            "DRAM copy",
+            lambda: _core.bench_copy_nt(to, source, best.size, best.prefetch),
+            2 * best.size,
+            "GB/s",
+        )
+
+
 def copy_bandwidth(quick: bool) -> Bandwidth:
     return _sweep(
         quick, buffers=2, run=lambda at, size, far: _core.bench_copy_nt(at[0], at[1], size, far)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from torch.nn import functional
 
 from quernstone.bench.fidelity import common, language
 from quernstone.bench.tinylm import corpus
+from quernstone.importers import Graph
 from quernstone.importers.models import minilm, minilm_tokenizer
-from quernstone.pim import FitReport, fit
+from quernstone.importers.module import GraphModule
+from quernstone.pim import FitReport, fit, reference_lhr, symmetric_scales
 
 WEIGHTS = 25_000_000
 """As many as a ResNet-50 has."""
@@ -35,6 +38,54 @@ class SpeedCase:
     @property
     def shape(self) -> tuple[int, int]:
         return (5000, 5000) if self.scales == "tensor" else (6104, 4096)
+
+
+class Layer:
+    """The weights of a case, their scales and a gradient that is there already.
+
+    `memory` are two buffers of the size of the weights.
+    """
+
+    def __init__(self, case: SpeedCase, memory: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weight, self.grad = (_at(address, case.shape) for address in memory)
+        self.weight.normal_(generator=generator)
+        scales = symmetric_scales(self.weight, bits=case.bits)
+        self.scales = scales if case.scales == "channel" else scales.amax(0, keepdim=True)
+        self.inverse = 1 / self.scales
+        self._case = case
+
+    @functools.cached_property
+    def expected(self) -> tuple[float, Tensor]:
+        """Mean and slopes in fp64, by `reference_lhr`, a part of the channels at a time."""
+        total, slopes = 0.0, []
+        for i in range(0, self.weight.shape[0], 500):
+            scales = self.scales if len(self.scales) == 1 else self.scales[i : i + 500]
+            rows = self.weight[i : i + 500]
+            position = reference_lhr.positions(rows, scales, rows.shape[1], 0)
+            total += float(reference_lhr.interpolated(position, self._case.bits).sum())
+            slope = reference_lhr.slope(position[::50], self._case.bits)
+            slopes.append(slope / (scales if len(scales) == 1 else scales[::50]))
+        return total / self.weight.numel(), torch.cat(slopes)
+
+    def error(self, value: float, factor: float) -> float:
+        """Of a value, and of every fiftieth channel's gradient that now is in `grad`.
+
+        A weight so near to an integer that fp32 and fp64 see it on two sides may have either slope:
+        the thousandth of the gradients that differ most is left out.
+        """
+        mean, slopes = self.expected
+        scale = 2 * factor * mean / self.weight.numel()
+        got = torch.cat([self.grad[i : i + 500][::50] for i in range(0, len(self.grad), 500)])
+        apart = (got.double() / scale - slopes).abs().flatten() / slopes.abs().max()
+        kept = apart.kthvalue(int(apart.numel() * 0.999)).values
+        return max(abs(value / (factor * mean * mean) - 1), float(kept))
+
+
+def _at(address: int, shape: tuple[int, int]) -> Tensor:
+    count = shape[0] * shape[1]
+    memory = (ctypes.c_float * count).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 @dataclass(frozen=True)
@@ -107,17 +158,16 @@ class Tuned:
     """Of held-out documents' sentences."""
     fidelity: Tensor = field(repr=False)
     """Of the sentences of `bench.fidelity`."""
+    untrained: Tensor = field(repr=False)
+    """As `cosines`, of weights that were only rounded, at the same price."""
+    sentences: int
+    """That were seen in training."""
 
 
 @functools.cache
 def tuned(recipe: Recipe = Recipe(), say: Callable[[str], None] | None = None) -> Tuned:
     """Distils MiniLM into itself: the same embeddings, from weights with few ones."""
-    base = minilm()
-    module = base.module()
-    for layer in module.modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            weight.requires_grad_(isinstance(layer, nn.Linear))
+    base, module = minilm(), _trainable(minilm())
     texts = sorted(drawn(corpus.TRAIN, recipe.batch * recipe.batches, recipe.seed), key=len)
     batches = [
         encode(texts[i : i + recipe.batch], recipe.tokens)
@@ -157,7 +207,21 @@ def tuned(recipe: Recipe = Recipe(), say: Callable[[str], None] | None = None) -
         warmup=recipe.warmup,
         seed=recipe.seed,
     )
-    changed = module.graph()
-    held_out = encode(drawn(corpus.HELD_OUT, 64, 0), 64)
-    both = [language.embed(network, held_out) for network in (base, changed)]
-    return Tuned(report, (both[0] * both[1]).sum(-1), language.cosines(base, changed))
+    rounded = _trainable(base)
+    fit(rounded, loss, steps=0, shift=recipe.shift, price=recipe.price)
+    held_out = encode(drawn(corpus.HELD_OUT, 256, 0), 64)
+    want = language.embed(base, held_out)
+    graphs = [module.graph(), rounded.graph()]
+    cosines, untrained = ((language.embed(graph, held_out) * want).sum(-1) for graph in graphs)
+    seen = recipe.batch * len(set(order[: recipe.steps]))
+    return Tuned(report, cosines, language.cosines(base, graphs[0]), untrained, seen)
+
+
+def _trainable(graph: Graph) -> GraphModule:
+    """The network, of which the linear layers are trained, and all biases."""
+    module = graph.module()
+    for layer in module.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            weight.requires_grad_(isinstance(layer, nn.Linear))
+    return module

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quernstone.pim.api import hamming_weights
 
-
 _PER_STEP = 64
 
 

@@ -205,7 +205,7 @@ def _table(weight: Tensor, scales: Tensor, bits: int, shift: int, group: int) ->
     return table, group or width
 
 
-# Operators ------------------------------------------------------------------------------------------
+# Operators ----------------------------------------------------------------------------------------
 
 _library = torch.library.Library("quernstone", "FRAGMENT")
 _library.define(
