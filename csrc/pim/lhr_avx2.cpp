@@ -27,7 +27,7 @@ inline Real absolute(Real x) noexcept { return _mm256_andnot_ps(_mm256_set1_ps(-
 inline Code floor_code(Real x) noexcept { return _mm256_cvttps_epi32(_mm256_floor_ps(x)); }
 inline Real to_real(Code code) noexcept { return _mm256_cvtepi32_ps(code); }
 inline bool uncommon(Real a, Real limit, Real x, Real y) noexcept {
-    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a, limit, _CMP_NLE_UQ),
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a, limit, _CMP_NLT_UQ),
                                            _mm256_cmp_ps(x, y, _CMP_NEQ_UQ))) != 0;
 }
 

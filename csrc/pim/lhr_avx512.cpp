@@ -29,7 +29,7 @@ inline Code floor_code(Real x) noexcept {
 }
 inline Real to_real(Code code) noexcept { return _mm512_cvtepi32_ps(code); }
 inline bool uncommon(Real a, Real limit, Real x, Real y) noexcept {
-    return (_mm512_cmp_ps_mask(a, limit, _CMP_NLE_UQ) | _mm512_cmp_ps_mask(x, y, _CMP_NEQ_UQ)) != 0;
+    return (_mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ) | _mm512_cmp_ps_mask(x, y, _CMP_NEQ_UQ)) != 0;
 }
 
 using Bytes = __m512i;

@@ -1,6 +1,6 @@
 // The body of a level: its file includes this inside its own namespace, after the types `Real` and
 // `Code` of kLanes numbers, operations on them, and
-//     uncommon(a, limit, x, y)  whether for any lane a > limit, or x != y, or one is NaN
+//     uncommon(a, limit, x, y)  whether for any lane a >= limit, or x != y, or one is NaN
 //     Bytes                     what to_bytes makes of four `Real`, and from_bytes takes apart
 //     Ones<kNibbles>            of a code: of(code), its ones; at(code, step), and what the next adds
 

@@ -31,7 +31,7 @@ inline Code floor_code(Real x) noexcept {
 }
 inline Real to_real(Code code) noexcept { return static_cast<Real>(code); }
 inline bool uncommon(Real a, Real limit, Real x, Real y) noexcept {
-    return !(a <= limit) || x != y;
+    return !(a < limit) || x != y;
 }
 
 struct Bytes {

@@ -116,7 +116,7 @@ def fit(
         price: what a one costs when a weight is rounded, in squared steps of the scale
             (`Grid`); 0 rounds to the nearest code. For all layers or by name.
         bits: of a code, 2 to 16.
-        layers: names of submodules with a floating `weight`; None: all linear and convolutional ones.
+        layers: names of submodules with an fp32 `weight`; None: all linear and convolutional ones.
         optimizer: makes one for the parameters that require gradients; None: Adam, rate 1e-4.
         seed: of torch's generator from here on; the caller's own state comes back at the end.
 
