@@ -50,7 +50,8 @@ class FitReport:
 
     def _mean(self, which: str) -> float:
         total = sum(layer.weights for layer in self.layers)
-        return sum(getattr(layer, which) * layer.weights for layer in self.layers) / total
+        ones: float = sum(getattr(layer, which) * layer.weights for layer in self.layers)
+        return ones / total
 
     @property
     def before(self) -> float:
@@ -164,7 +165,7 @@ class _StraightThrough(torch.autograd.Function):
         return grid.round(weight / scale).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
@@ -179,7 +180,9 @@ class _Rounded(nn.Module):
         self.grid = grid
 
     def forward(self, weight: Tensor) -> Tensor:
-        made: Tensor = _StraightThrough.apply(weight, self.scale, self.grid)
+        made: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+            weight, self.scale, self.grid
+        )
         return made
 
 
@@ -292,7 +295,7 @@ def _train(
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             raise ValueError(f"loss({step}): got {losses[-1]}, expected a finite number")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         for plan in plans:
             plan.regularise()
         chooser.step()

@@ -51,7 +51,8 @@ def mean_hamming_weight(
     `int.bit_count`, `reference_lhr` in fp64.
     """
     table, group = _table(weight, scales, bits, shift, group)
-    return hamming_mean(weight, table, group, bits, shift)  # type: ignore[no-any-return]
+    mean: Tensor = hamming_mean(weight, table, group, bits, shift)
+    return mean
 
 
 def hamming_regulariser(
@@ -275,19 +276,21 @@ for _name in ("hamming_mean", "hamming_mean_backward"):
     _library.impl(_name, _on_cuda(_name), "CUDA")
 
 
-@torch.library.register_fake("quernstone::hamming_mean")
 def _mean_fake(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(())
 
 
-@torch.library.register_fake("quernstone::hamming_mean_backward")
 def _mean_backward_fake(_dmean: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-@torch.library.register_fake("quernstone::hamming_squared_into")
 def _squared_into_fake(weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty((), dtype=torch.float64)
+
+
+torch.library.register_fake("quernstone::hamming_mean", _mean_fake)
+torch.library.register_fake("quernstone::hamming_mean_backward", _mean_backward_fake)
+torch.library.register_fake("quernstone::hamming_squared_into", _squared_into_fake)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -53,9 +53,7 @@ class _Interpolated(torch.autograd.Function):
         return interpolated(position, bits)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (position,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad * slope(position, ctx.bits), None  # type: ignore[attr-defined]
 
