@@ -4,6 +4,7 @@
 ## make lint      ruff, clang-format and mypy; changes no file
 ## make format    lets ruff and clang-format change files
 ## make sanitize  the tests under address and undefined-behaviour sanitizers, then a leak check
+## make races     a million random plans of experts under the thread sanitizer (an hour)
 ## make gpu       builds, checks and times the CUDA kernels, where PY's torch sees a CUDA device
 ## make gpu-check every GPU kernel compiled for every chip: registers, spills, shared memory (no GPU)
 ## make wheel     sdist and manylinux wheel -> dist/
@@ -17,12 +18,14 @@ VERTICALS ?= all
 BIN := .venv/bin
 CMAKE := PATH=$(CURDIR)/$(BIN):$$PATH cmake
 PICK := $(filter-out all,$(VERTICALS))
-TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(PICK),attention moe pim)))
+# The reader of netlists belongs to what uses it.
+KEPT := $(PICK) $(if $(filter pim,$(PICK)),spice)
+TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(KEPT),attention moe pim spice)))
 find = $(shell find $(1) -type f -not -path '*/__pycache__/*' -not -path 'bench/results/*')
 SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
 
-.PHONY: help run test bench lint format sanitize gpu gpu-check wheel clean system-run system-test
+.PHONY: help run test bench lint format sanitize races gpu gpu-check wheel clean system-run system-test
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -63,6 +66,7 @@ gpu:
 
 gpu-check: .venv/built
 	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time
+	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time_moe
 
 wheel: .venv/packages
 	rm -rf dist
@@ -91,6 +95,14 @@ sanitize: .venv/packages
 	    -D$(SANITIZERS) -DQS_EMULATE_AVX512=ON -DQS_SIMDE_DIR=$(SIMDE)
 	$(CMAKE) --build build/sanitize/unit --target quernstone_unit
 	UBSAN_OPTIONS=halt_on_error=1 build/sanitize/unit/quernstone_unit
+
+# Workers of the runtime and of its emulated device, whose every output is compared.
+PLANS ?= 1000000
+races: .venv/packages
+	$(CMAKE) -G Ninja -S . -B build/races -DQS_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DQS_SANITIZE=thread
+	$(CMAKE) --build build/races --target quernstone_stress
+	TSAN_OPTIONS=halt_on_error=1 build/races/quernstone_stress $(PLANS)
 
 system-run system-test: system-%:
 	@.ci/system $(PY) $*

@@ -27,6 +27,7 @@ const Kernels& kernels() noexcept {
     constexpr bool wide = sizeof(T) == sizeof(float);
 #if defined(QS_HAVE_X86)
     switch (active_isa()) {
+        case Isa::kAvx512Amx:
         case Isa::kAvx512Bf16Vnni:
             return wide ? avx512::kF32 : avx512_bf16_vnni::kBf16;
         case Isa::kAvx512:

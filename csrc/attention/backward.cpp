@@ -20,6 +20,7 @@ const GradKernel& grad_kernel() noexcept {
     constexpr bool wide = sizeof(T) == sizeof(float);
 #if defined(QS_HAVE_X86)
     switch (active_isa()) {
+        case Isa::kAvx512Amx:
         case Isa::kAvx512Bf16Vnni:
             return wide ? avx512::kGradF32 : avx512_bf16_vnni::kGradBf16;
         case Isa::kAvx512:

@@ -7,22 +7,19 @@
 #include <string>
 
 #include "bind/bind.h"
+#include "bind/moe_names.h"
 #include "moe/cache.h"
 
 namespace py = pybind11;
 
 namespace quernstone::bind {
-namespace {
 
-using moe::cache::Policy;
-using Ints = py::array_t<std::int64_t, py::array::c_style>;
-using Floats = py::array_t<double, py::array::c_style>;
-
-Policy parse_policy(const std::string& name) {
-    static constexpr std::pair<const char*, Policy> kNames[] = {
-        {"lru", Policy::kLru},       {"lfu", Policy::kLfu},       {"lfru", Policy::kLfru},
-        {"s3fifo", Policy::kS3Fifo}, {"arc", Policy::kArc},       {"mrs", Policy::kMrs},
-        {"reuse", Policy::kReuse},   {"belady", Policy::kBelady},
+moe::cache::Policy parse_cache_policy(const std::string& name) {
+    static constexpr std::pair<const char*, moe::cache::Policy> kNames[] = {
+        {"lru", moe::cache::Policy::kLru},     {"lfu", moe::cache::Policy::kLfu},
+        {"lfru", moe::cache::Policy::kLfru},   {"s3fifo", moe::cache::Policy::kS3Fifo},
+        {"arc", moe::cache::Policy::kArc},     {"mrs", moe::cache::Policy::kMrs},
+        {"reuse", moe::cache::Policy::kReuse}, {"belady", moe::cache::Policy::kBelady},
     };
     for (const auto& [known, policy] : kNames) {
         if (name == known) {
@@ -30,8 +27,13 @@ Policy parse_policy(const std::string& name) {
         }
     }
     raise(invalid("policy", name.c_str(), "a policy of quernstone.moe.cache"));
-    return Policy::kLru;
+    return moe::cache::Policy::kLru;
 }
+namespace {
+
+using moe::cache::Policy;
+using Ints = py::array_t<std::int64_t, py::array::c_style>;
+using Floats = py::array_t<double, py::array::c_style>;
 
 std::span<const std::int64_t> row(const Ints& x, const char* ndim) {
     if (x.ndim() != 1) {
@@ -46,7 +48,7 @@ py::array_t<std::uint8_t> replay_cache(const std::string& policy, std::int64_t s
                                        const std::optional<Ints>& next, bool remember,
                                        std::int64_t halve_every, double alpha) {
     moe::cache::ReplayArgs args;
-    args.policy = parse_policy(policy);
+    args.policy = parse_cache_policy(policy);
     args.slots = slots;
     args.keys = keys;
     args.needed = row(needed, "needed.ndim");

@@ -9,25 +9,19 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/moe_names.h"
 #include "moe/schedule.h"
 
 namespace py = pybind11;
 
 namespace quernstone::bind {
-namespace {
 
-using moe::Layer;
-using moe::Policy;
-using Times = py::array_t<double, py::array::c_style>;
-using Loads = py::array_t<std::int64_t, py::array::c_style>;
-using Flags = py::array_t<bool, py::array::c_style>;
-
-Policy parse_policy(const std::string& name) {
-    static constexpr std::pair<const char*, Policy> kNames[] = {
-        {"fixed", Policy::kFixed},      {"gpu_only", Policy::kGpuOnly},
-        {"cpu_only", Policy::kCpuOnly}, {"fiddler", Policy::kFiddler},
-        {"list", Policy::kList},        {"event", Policy::kEvent},
-        {"hybrid", Policy::kHybrid},    {"exact", Policy::kExact},
+moe::Policy parse_schedule_policy(const std::string& name) {
+    static constexpr std::pair<const char*, moe::Policy> kNames[] = {
+        {"fixed", moe::Policy::kFixed},      {"gpu_only", moe::Policy::kGpuOnly},
+        {"cpu_only", moe::Policy::kCpuOnly}, {"fiddler", moe::Policy::kFiddler},
+        {"list", moe::Policy::kList},        {"event", moe::Policy::kEvent},
+        {"hybrid", moe::Policy::kHybrid},    {"exact", moe::Policy::kExact},
     };
     for (const auto& [known, policy] : kNames) {
         if (name == known) {
@@ -37,8 +31,15 @@ Policy parse_policy(const std::string& name) {
     raise(invalid("policy", name.c_str(),
                   "'fixed', 'gpu_only', 'cpu_only', 'fiddler', 'list', 'event', 'hybrid' or "
                   "'exact'"));
-    return Policy::kHybrid;
+    return moe::Policy::kHybrid;
 }
+namespace {
+
+using moe::Layer;
+using moe::Policy;
+using Times = py::array_t<double, py::array::c_style>;
+using Loads = py::array_t<std::int64_t, py::array::c_style>;
+using Flags = py::array_t<bool, py::array::c_style>;
 
 template <class T>
 std::span<const T> row(const py::array_t<T, py::array::c_style>& x, const char* ndim) {
@@ -77,7 +78,7 @@ Layer layer(const Loads& loads, const Times& ready, const Times& cpu, const Time
 py::tuple schedule(const Loads& loads, const Times& ready, const Times& cpu, const Times& gpu,
                    const Times& transfer, const Starts& starts, const std::string& policy) {
     const Layer problem = layer(loads, ready, cpu, gpu, transfer, starts);
-    const Policy how = parse_policy(policy);
+    const Policy how = parse_schedule_policy(policy);
     const auto n = static_cast<py::ssize_t>(problem.loads.size());
     py::array_t<std::uint8_t> device(n);
     py::array_t<std::int32_t> order(n);
@@ -100,7 +101,7 @@ double seconds_to_schedule(const Loads& loads, const Times& ready, const Times& 
                            const Times& gpu, const Times& transfer, const Starts& starts,
                            const std::string& policy, std::int64_t calls) {
     const Layer problem = layer(loads, ready, cpu, gpu, transfer, starts);
-    const Policy how = parse_policy(policy);
+    const Policy how = parse_schedule_policy(policy);
     if (calls < 1) {
         raise(invalid("calls", calls, "at least", 1));
     }
@@ -139,7 +140,7 @@ py::list prefetch(const std::vector<PredictedLayer>& layers, double budget, std:
                              row(probability, "probability.ndim")});
         experts += predicted.back().layer.loads.size();
     }
-    const Policy how = parse_policy(policy);
+    const Policy how = parse_schedule_policy(policy);
     if (limit < 0) {
         raise(invalid("limit", limit, "at least", 0));
     }

@@ -72,6 +72,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         [m](const std::string& libtorch_cpu) mutable {
             if (shim::load(libtorch_cpu)) {
                 bind::register_attention(m);
+                bind::register_moe_operator();
             }
         },
         py::arg("libtorch_cpu"), "Registers the operators with torch. A second call does nothing.");
@@ -83,8 +84,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     auto moe = m.def_submodule("moe", "Mixture-of-experts inference on a CPU beside a GPU.");
     bind::register_moe_experts(moe);
     bind::register_moe_cache(moe);
+    bind::register_moe_decoder(moe);
     bind::register_moe_schedule(moe);
-    auto pim = m.def_submodule("pim", "Bit-serial processing in memory.");
+    bind::register_moe_runtime(moe);
+    auto pim = m.def_submodule("pim", "Bit-serial macros: ones, toggles, products, and their chip.");
+    bind::register_pim(pim);
+    bind::register_pim_chip(pim);
+    bind::register_pim_grid(pim);
     bind::register_pim_lhr(pim);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),

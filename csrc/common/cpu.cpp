@@ -6,16 +6,32 @@
 
 #if defined(QS_HAVE_X86)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace quernstone {
 namespace {
 
 constexpr std::array<std::string_view, kIsaCount> kNames = {"baseline", "avx2", "avx512",
-                                                            "avx512_bf16_vnni"};
+                                                            "avx512_bf16_vnni", "avx512_amx"};
 
 #if defined(QS_HAVE_X86)
 constexpr bool bit(unsigned word, int index) { return ((word >> index) & 1U) != 0; }
+
+// AMX's tile registers are 8 kB a thread, which Linux saves for a process that has asked.
+[[maybe_unused]] bool tiles_granted([[maybe_unused]] unsigned xcr0) noexcept {
+#if defined(__linux__)
+    constexpr unsigned kTiles = 0x60000;  // the OS saves their configuration and their data
+    constexpr long kRequestPermission = 0x1023;
+    constexpr long kTileData = 18;
+    return (xcr0 & kTiles) == kTiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 Isa probe() noexcept {
     unsigned a = 0;
@@ -39,7 +55,7 @@ Isa probe() noexcept {
         return Isa::kBaseline;
     }
 #if defined(QS_EMULATE_AVX512)
-    return Isa::kAvx512Bf16Vnni;
+    return Isa::kAvx512Amx;
 #else
     const unsigned subleaves = a;
     const bool f_dq_bw_vl = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
@@ -47,8 +63,12 @@ Isa probe() noexcept {
         return Isa::kAvx2;
     }
     const bool vnni = bit(c, 11);
+    const bool amx = bit(d, 24) && bit(d, 25) && tiles_granted(xcr0);
     const bool bf16 = subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && bit(a, 5);
-    return vnni && bf16 ? Isa::kAvx512Bf16Vnni : Isa::kAvx512;
+    if (!vnni || !bf16) {
+        return Isa::kAvx512;
+    }
+    return amx ? Isa::kAvx512Amx : Isa::kAvx512Bf16Vnni;
 #endif
 }
 #else
@@ -56,7 +76,7 @@ Isa probe() noexcept { return Isa::kBaseline; }
 #endif
 
 constexpr std::array<Isa, kIsaCount> kAll = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512,
-                                             Isa::kAvx512Bf16Vnni};
+                                             Isa::kAvx512Bf16Vnni, Isa::kAvx512Amx};
 
 std::atomic<Isa>& active() noexcept {
     static std::atomic<Isa> value{available_isas().back()};

@@ -4,7 +4,7 @@ using vf = __m512;
 using vi = __m512i;
 constexpr int kLanes = 16;
 constexpr int kTall = 8;
-constexpr int kWide = 8;
+constexpr int kWide = 4;
 
 inline vf vzero() { return _mm512_setzero_ps(); }
 inline vf vset(float x) { return _mm512_set1_ps(x); }

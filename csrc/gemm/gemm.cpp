@@ -21,6 +21,8 @@ const Kernels& active_kernels() noexcept {
             return avx512::kKernels;
         case Isa::kAvx512Bf16Vnni:
             return avx512_bf16_vnni::kKernels;
+        case Isa::kAvx512Amx:
+            return avx512_amx::kKernels;
     }
 #endif
     return baseline::kKernels;
@@ -63,19 +65,22 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
     const std::int64_t blocks = layout.blocks();
     const std::int64_t run = std::max<std::int64_t>(1, blocks / (std::int64_t{16} * threads));
     parallel_for(divide_up(blocks, run), threads, [&](std::int64_t task) noexcept {
-        alignas(kAlign) std::array<float, kTokenChunk * kRows> tile;
+        alignas(kAlign) std::array<float, kTileFloats> tile;
         const std::int64_t end = std::min(blocks, (task + 1) * run);
-        // As many blocks as the tile has room for where there is one token.
-        const std::int64_t most = tokens == 1 ? kTokenChunk : 1;
+        const std::int64_t most = blocks_at_once(tokens);
         for (std::int64_t b = task * run; b < end; b += most) {
             const std::int64_t some = std::min(most, end - b);
             const Block block = blocks_at(layout, w.block(b), some);
-            const std::int64_t rows = std::min(some * kRows, layout.rows - b * kRows);
             for (std::int64_t t0 = 0; t0 < tokens; t0 += kTokenChunk) {
                 const std::int64_t count = std::min(kTokenChunk, tokens - t0);
                 product(block, room.part(t0, count), tile.data());
-                for (std::int64_t t = 0; t < count; ++t) {
-                    std::copy_n(tile.data() + t * kRows, rows, out.at(t0 + t, b * kRows));
+                for (std::int64_t i = 0; i < some; ++i) {
+                    const std::int64_t row = (b + i) * kRows;
+                    const std::int64_t rows = std::min(kRows, layout.rows - row);
+                    for (std::int64_t t = 0; t < count; ++t) {
+                        std::copy_n(tile.data() + (i * count + t) * kRows, rows,
+                                    out.at(t0 + t, row));
+                    }
                 }
             }
         }

@@ -5,8 +5,8 @@
 
 #include "gemm/codes.h"
 
-// Every level's arithmetic, one number at a time: the integers are the same, the floats are
-// rounded after the product too.
+// Every level's arithmetic, one number at a time. Products with activations of 8 bits have the same
+// bits at every level; those with fp32 are rounded after the product too.
 namespace quernstone::gemm::baseline {
 namespace {
 
@@ -24,8 +24,8 @@ void integer_product(const Tokens& x, float* out, const Code& code, const Weight
                 for (std::int64_t k = g * kScaleGroup; k < (g + 1) * kScaleGroup; ++k) {
                     sum += code(row, k) * x.codes[t * x.padded + k];
                 }
-                total += static_cast<float>(sum) *
-                         (weight(row, g * kScaleGroup) * x.scales[t * groups + g]);
+                total = std::fma(static_cast<float>(sum),
+                                 weight(row, g * kScaleGroup) * x.scales[t * groups + g], total);
             }
             out[t * kRows + row] = total;
         }
@@ -111,9 +111,23 @@ void quantize(const float* x, std::int64_t n, std::int64_t padded, std::int8_t* 
     }
 }
 
+// e^x for x <= 0 as avx2_tokens.inl has it, operation by operation.
+float exp_nonpositive(float x) {
+    const float clamped = x < -87.0F ? -87.0F : x;
+    const float n = std::nearbyint(clamped * 1.44269504F);
+    float r = std::fma(-n, 0.693359375F, clamped);
+    r = std::fma(-n, -2.12194440e-4F, r);
+    float p = 1.0F / 5040.0F;
+    for (const float c :
+         {1.0F / 720.0F, 1.0F / 120.0F, 1.0F / 24.0F, 1.0F / 6.0F, 0.5F, 1.0F, 1.0F}) {
+        p = std::fma(p, r, c);
+    }
+    return std::isnan(x) ? x : std::ldexp(p, static_cast<int>(n));
+}
+
 void silu_multiply(float* gate, const float* up, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) {
-        const float e = std::exp(-std::fabs(gate[i]));
+        const float e = exp_nonpositive(-std::fabs(gate[i]));
         gate[i] = gate[i] * ((gate[i] < 0.0F ? e : 1.0F) / (1.0F + e)) * up[i];
     }
 }

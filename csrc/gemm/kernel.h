@@ -70,6 +70,9 @@ extern const Kernels kKernels;
 namespace avx512_bf16_vnni {
 extern const Kernels kKernels;
 }
+namespace avx512_amx {
+extern const Kernels kKernels;
+}
 
 [[nodiscard]] const Kernels& active_kernels() noexcept;
 

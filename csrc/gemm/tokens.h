@@ -100,7 +100,15 @@ struct TokenRoom {
     }
 };
 
-// Tokens whose products with one block fit on a task's stack.
+// Tokens whose products with some blocks fit on a task's stack.
 inline constexpr std::int64_t kTokenChunk = 64;
+inline constexpr std::int64_t kBlockChunk = 8;
+inline constexpr std::int64_t kTileFloats = kTokenChunk * kBlockChunk * kRows;
+
+// How many blocks a task multiplies at once: many where one token reads them from memory, some where
+// their tokens are prepared once for all.
+[[nodiscard]] constexpr std::int64_t blocks_at_once(std::int64_t tokens) noexcept {
+    return tokens == 1 ? kTokenChunk : kBlockChunk;
+}
 
 }  // namespace quernstone::gemm

@@ -17,6 +17,7 @@ enum class Policy : std::uint8_t { kLru, kLfu, kLfru, kS3Fifo, kArc, kMrs, kReus
 
 struct ReplayArgs {
     Policy policy = Policy::kLru;
+    std::int64_t base = 0;  // number of the first step; replay takes no other
     std::int64_t slots = 0;
     std::int64_t keys = 0;                  // keys are 0 to keys - 1
     std::span<const std::int64_t> needed;   // [n] keys, each once in a step

@@ -8,7 +8,8 @@
 #include "moe/cache_residents.h"
 
 // LRU, S3-FIFO and ARC. A policy is told of every step (begin), use (touch) and
-// load (miss, then victim where the cache is full, then admit).
+// load (miss, then victim where the cache is full, then admit), and of a load that is given up
+// (forget).
 namespace quernstone::moe::cache {
 
 class Lru {
@@ -23,6 +24,7 @@ class Lru {
     }
     void miss(Key /*key*/) {}
     void admit(Key key) { queue_.push(links_, key); }
+    void forget(Key key) { queue_.erase(links_, key); }
     Key victim(Key /*key*/) {
         const Key victim = queue_.oldest(links_, residents_);
         queue_.erase(links_, victim);
@@ -58,6 +60,10 @@ class S3Fifo {
     void admit(Key key) {
         const bool overflow = !evicting_ && queues_[kSmall].size >= small_slots_;
         put(knew_it_ || overflow ? kMain : kSmall, key, 0);
+    }
+    void forget(Key key) {
+        queues_[at(where_, key)].erase(links_, key);
+        at(where_, key) = kNowhere;
     }
     Key victim(Key /*key*/) {
         evicting_ = true;
@@ -181,6 +187,7 @@ class Arc {
             remove(queues_[kB2].head);
         }
     }
+    void forget(Key key) { remove(key); }
 
    private:
     enum Where : std::uint8_t { kT1, kT2, kB1, kB2, kNowhere };

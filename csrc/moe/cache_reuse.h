@@ -25,7 +25,8 @@ class Reuse {
     }
 
     void begin(std::int64_t step) {
-        const Key first = args_.first[static_cast<std::size_t>(step)];
+        const std::int64_t row = step - args_.base;
+        const Key first = args_.first[static_cast<std::size_t>(row)];
         const std::int64_t experts = args_.scores.extent[1];
         auto& layer = layers_[static_cast<std::size_t>(first / experts)];
         if (!layer) {
@@ -34,7 +35,7 @@ class Reuse {
         for (const Key key : keys_of(args_, step)) {
             at(layer->used, key - first) = 1.0;
         }
-        learn(*layer, args_.scores.at(step, std::int64_t{0}), args_.scores.stride[1],
+        learn(*layer, args_.scores.at(row, std::int64_t{0}), args_.scores.stride[1],
               &at(values_, first));
         for (const Key key : keys_of(args_, step)) {
             at(layer->used, key - first) = 0.0;

@@ -27,6 +27,7 @@ class Scored {
         at(last_, key) = ticks_++;
         value_.admit(key);
     }
+    void forget(Key /*key*/) {}
     Key victim(Key /*key*/) {
         Key victim = kNone;
         double least = 0.0;
@@ -58,8 +59,9 @@ class Scored {
 };
 
 inline std::span<const Key> keys_of(const ReplayArgs& args, std::int64_t step) {
-    const auto start = static_cast<std::size_t>(args.offsets[static_cast<std::size_t>(step)]);
-    const auto end = static_cast<std::size_t>(args.offsets[static_cast<std::size_t>(step) + 1]);
+    const auto row = static_cast<std::size_t>(step - args.base);
+    const auto start = static_cast<std::size_t>(args.offsets[row]);
+    const auto end = static_cast<std::size_t>(args.offsets[row + 1]);
     return args.needed.subspan(start, end - start);
 }
 
@@ -122,10 +124,11 @@ class RecentScore {
         : args_(args), score_(static_cast<std::size_t>(args.keys), 0.0) {}
 
     void begin(std::int64_t step) {
-        const Key first = args_.first[static_cast<std::size_t>(step)];
+        const std::int64_t row = step - args_.base;
+        const Key first = args_.first[static_cast<std::size_t>(row)];
         for (std::int64_t i = 0; i < args_.scores.extent[1]; ++i) {
             double& score = at(score_, first + i);
-            score = args_.alpha * *args_.scores.at(step, i) + (1.0 - args_.alpha) * score;
+            score = args_.alpha * *args_.scores.at(row, i) + (1.0 - args_.alpha) * score;
         }
     }
     void touch(Key /*key*/) {}

@@ -175,7 +175,7 @@ class Forward {
     }
 
     void make_unit(const Active& active, std::int64_t unit, bool last) const noexcept {
-        alignas(gemm::kAlign) std::array<float, kTokenChunk * 2 * kRows> both;
+        alignas(gemm::kAlign) std::array<float, kTokenChunk * 2 * kUnit> both;
         alignas(gemm::kAlign) std::array<float, kTokenChunk * kUnit> inner;
         const std::int64_t first = unit * kUnit;
         const std::int64_t rows = std::min(kUnit, e_.intermediate - first);
@@ -183,19 +183,16 @@ class Forward {
         for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
             const std::int64_t count = std::min(kTokenChunk, active.count - t0);
             const gemm::Tokens x = inputs(active.begin + t0, count);
-            // Blocks of gate and up take turns; one token is multiplied by the whole unit.
-            const std::int64_t pairs = count == 1 ? divide_up(rows, kRows) : 1;
-            for (std::int64_t part = 0; part < rows; part += pairs * kRows) {
-                const std::byte* at =
-                    expert(active.expert) + (first + part) / kRows * 2 * block_bytes;
-                product_(gemm::blocks_at(gate_, at, 2 * pairs), x, both.data());
-                for (std::int64_t pair = 0; pair < pairs; ++pair) {
-                    float* gate = both.data() + pair * 2 * count * kRows;
-                    kernels_.silu_multiply(gate, gate + count * kRows, count * kRows);
-                    float* to = inner.data() + part + pair * kRows;
-                    for (std::int64_t t = 0; t < count; ++t) {
-                        std::copy_n(gate + t * kRows, kRows, to + t * kUnit);
-                    }
+            // Blocks of gate and up take turns.
+            const std::int64_t pairs = divide_up(rows, kRows);
+            const std::byte* at = expert(active.expert) + first / kRows * 2 * block_bytes;
+            product_(gemm::blocks_at(gate_, at, 2 * pairs), x, both.data());
+            for (std::int64_t pair = 0; pair < pairs; ++pair) {
+                float* gate = both.data() + pair * 2 * count * kRows;
+                kernels_.silu_multiply(gate, gate + count * kRows, count * kRows);
+                float* to = inner.data() + pair * kRows;
+                for (std::int64_t t = 0; t < count; ++t) {
+                    std::copy_n(gate + t * kRows, kRows, to + t * kUnit);
                 }
             }
             for (std::int64_t t = 0; t < count; ++t) {
@@ -221,7 +218,7 @@ class Forward {
                 std::fill_n(a_.out.at(t, row), rows, 0.0F);
             }
             for (std::int64_t i = 0; i < active_count_; ++i) {
-                const std::int64_t most = active_[i].count == 1 ? kTokenChunk : 1;
+                const std::int64_t most = gemm::blocks_at_once(active_[i].count);
                 for (std::int64_t b = begin; b < end; b += most) {
                     add_blocks(active_[i], b, std::min(most, end - b));
                 }
@@ -230,18 +227,22 @@ class Forward {
     }
 
     void add_blocks(const Active& active, std::int64_t b, std::int64_t some) const noexcept {
-        alignas(gemm::kAlign) std::array<float, kTokenChunk * kRows> tile;
+        alignas(gemm::kAlign) std::array<float, gemm::kTileFloats> tile;
         const gemm::Block block = gemm::blocks_at(
             down_, expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes(), some);
-        const std::int64_t rows = std::min(some * kRows, e_.hidden - b * kRows);
         for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
             const std::int64_t count = std::min(kTokenChunk, active.count - t0);
             product_(block, inner_.part(active.begin + t0, count), tile.data());
-            for (std::int64_t t = 0; t < count; ++t) {
-                const Assignment& to = assignments_[active.begin + t0 + t];
-                float* out = a_.out.at(to.token, b * kRows);
-                for (std::int64_t r = 0; r < rows; ++r) {
-                    out[r] += to.weight * tile[static_cast<std::size_t>(t * kRows + r)];
+            for (std::int64_t i = 0; i < some; ++i) {
+                const std::int64_t row = (b + i) * kRows;
+                const std::int64_t rows = std::min(kRows, e_.hidden - row);
+                for (std::int64_t t = 0; t < count; ++t) {
+                    const Assignment& to = assignments_[active.begin + t0 + t];
+                    const float* sums = tile.data() + (i * count + t) * kRows;
+                    float* out = a_.out.at(to.token, row);
+                    for (std::int64_t r = 0; r < rows; ++r) {
+                        out[r] += to.weight * sums[r];
+                    }
                 }
             }
         }
@@ -265,8 +266,8 @@ class Forward {
 }  // namespace
 
 Status check(const Experts& experts) noexcept {
-    if (experts.count < 1 || experts.count > kMaxExperts) {
-        return invalid("experts", experts.count, "1 to", kMaxExperts);
+    if (experts.count < 1 || experts.count > kMostExperts) {
+        return invalid("experts", experts.count, "1 to", kMostExperts);
     }
     QS_TRY(gemm::check(experts.gate()));
     return gemm::check(experts.down());

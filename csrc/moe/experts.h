@@ -11,7 +11,7 @@
 // Axes: t tokens, c choices of a token, e experts, m hidden (model) width, f feed-forward width.
 namespace quernstone::moe {
 
-inline constexpr std::int64_t kMaxExperts = 4096;
+inline constexpr std::int64_t kMostExperts = 4096;
 
 // The experts of one layer, packed one behind the other. An expert holds gate and up together,
 // a block of 16 outputs of one and then of the other, and then down.

@@ -17,7 +17,8 @@ __version__: str = _core.build_info()["version"]
 
 
 def isa() -> str:
-    """Instruction-set level in use: baseline, avx2, avx512 or avx512_bf16_vnni."""
+    """Instruction-set level in use: baseline, avx2, avx512, avx512_bf16_vnni or
+    avx512_amx."""
     return _core.isa()
 
 

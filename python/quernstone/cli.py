@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quernstone import cli_moe
+from quernstone import cli_moe, cli_pim
 
 app = typer.Typer(
     name="quernstone",
@@ -28,6 +28,7 @@ attention = typer.Typer(
 )
 app.add_typer(attention, name="attention")
 app.add_typer(cli_moe.app, name="moe")
+app.add_typer(cli_pim.app, name="pim")
 
 
 @app.command()

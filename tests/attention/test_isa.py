@@ -14,7 +14,7 @@ from quernstone.attention import sink_attention
 from . import tolerances
 from .cases import Case, split
 
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16_vnni"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16_vnni", "avx512_amx"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +27,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_levels_are_the_lowest_of_four_in_order() -> None:
+def test_levels_are_the_lowest_of_five_in_order() -> None:
     levels = _core.isas()
     assert levels
     assert levels == LEVELS[: len(levels)]

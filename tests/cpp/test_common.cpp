@@ -101,8 +101,11 @@ TEST(the_probe_agrees_with_the_operating_system) {
     const bool avx2 = all_of({"avx2", "fma", "f16c"});
     const bool avx512 = avx2 && all_of({"avx512f", "avx512dq", "avx512bw", "avx512vl"});
     const bool bf16_vnni = avx512 && all_of({"avx512_bf16", "avx512_vnni"});
+    const bool amx = bf16_vnni && all_of({"amx_tile", "amx_int8"});
     const char* want = "baseline";
-    if (bf16_vnni) {
+    if (amx) {
+        want = "avx512_amx";
+    } else if (bf16_vnni) {
         want = "avx512_bf16_vnni";
     } else if (avx512) {
         want = "avx512";

@@ -1,4 +1,4 @@
-"""The AVX-512 sources on a processor that may not have AVX-512, its intrinsics emulated by SIMDe.
+"""The AVX-512 and AMX sources on a processor that may have neither, their intrinsics emulated.
 
 Emulated results say that the code is right, nothing about its speed.
 """
@@ -11,8 +11,8 @@ import simde_py
 
 from tests.cpp.conftest import ROOT, run
 
-LEVELS = ("avx512", "avx512_bf16_vnni")
-KERNELS = ("tests/attention", "tests/gemm", "tests/moe")
+LEVELS = ("avx512", "avx512_bf16_vnni", "avx512_amx")
+KERNELS = ("tests/attention", "tests/gemm", "tests/moe", "tests/pim")
 
 
 @pytest.fixture(scope="module")

@@ -159,3 +159,20 @@ def test_names_a_code_or_scale_that_is_none() -> None:
     int8 = _core.Layout("int8", 2, 32)
     with pytest.raises(ValueError, match="codes: got -128, expected -127 to 127"):
         _core.pack_codes(int8, np.full((2, 32), -128, np.int8), scales, None, aligned(int8.bytes))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.format != "bf16"], ids=str)
+def test_integer_products_are_the_same_bits_at_every_wide_level(form: Form) -> None:
+    levels = [level for level in _core.isas() if level.startswith("avx512")]
+    before = _core.isa()
+    for outputs, inputs in ((17, 33), (50, 545), (33, 1030)):
+        layout, data, _ = packed(form, normal(outputs, inputs))
+        for tokens in (1, 5, 6, 7, 15, 16, 17, 31, 48, 63, 64, 65, 81, 130):
+            x = normal(tokens, inputs, seed=tokens).numpy()
+            results = []
+            for level in levels:
+                _core.set_isa(level)
+                results.append(product(layout, data, x, "int8", outputs))
+            _core.set_isa(before)
+            for level, got in zip(levels, results, strict=True):
+                assert np.array_equal(got, results[0]), (level, outputs, inputs, tokens)

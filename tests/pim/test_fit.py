@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quernstone.pim import Grid, fit, hamming_weights
+from quernstone.pim import Codebook, fit, hamming_weights
 from quernstone.quant import Rounding, Scheme, quantize
 
 
-def costs(grid: Grid, position: Tensor) -> tuple[Tensor, Tensor]:
+def costs(codebook: Codebook, position: Tensor) -> tuple[Tensor, Tensor]:
     """What each position pays for the code that it got, and the least that any would have cost."""
-    most = (1 << (grid.bits - 1)) - 1
+    most = (1 << (codebook.bits - 1)) - 1
     stored = np.arange(-most - 1, most + 1)
-    ones = torch.from_numpy(hamming_weights(stored, grid.bits)).double()
-    codes = torch.from_numpy(stored - grid.shift).double()
-    all_costs = (codes - position.double()[:, None]).square() + grid.price * ones
-    got = grid.round(position).long() + grid.shift + most + 1
+    ones = torch.from_numpy(hamming_weights(stored, codebook.bits)).double()
+    codes = torch.from_numpy(stored - codebook.shift).double()
+    all_costs = (codes - position.double()[:, None]).square() + codebook.price * ones
+    got = codebook.round(position).long() + codebook.shift + most + 1
     return all_costs.gather(1, got[:, None])[:, 0], all_costs.min(1).values
 
 
@@ -29,11 +29,11 @@ def costs(grid: Grid, position: Tensor) -> tuple[Tensor, Tensor]:
     [(8, 0, 0.0), (8, 16, 12.0), (8, 0, 0.5), (4, 3, 3.0), (2, 0, 1.0), (8, -5, 1e4), (11, 9, 5.0)],
 )
 def test_no_code_is_cheaper(bits: int, shift: int, price: float) -> None:
-    grid = Grid.of(bits, shift, price)
-    got, least = costs(grid, (torch.rand(1000) - 0.5) * 2.5 * 2.0 ** (bits - 1))
+    codebook = Codebook.of(bits, shift, price)
+    got, least = costs(codebook, (torch.rand(1000) - 0.5) * 2.5 * 2.0 ** (bits - 1))
     # A threshold is off by a 128th of a step at most, where the costs of neighbours part by twice
     # their distance a step.
-    gap = float(grid.codes.diff().max()) if len(grid.codes) > 1 else 0.0
+    gap = float(codebook.codes.diff().max()) if len(codebook.codes) > 1 else 0.0
     assert float((got - least).max()) <= 2 * gap / 128 + 1e-9
 
 
@@ -43,18 +43,18 @@ def test_a_price_is_a_penalty_of_the_quantiser() -> None:
     codes = np.arange(-127, 128)
     penalty = 3.0 * torch.from_numpy(hamming_weights(codes, 8)).float()
     theirs = quantize(weight, scheme, rounding=Rounding(penalty, reach=16))
-    grid = Grid.of(8, 0, 3.0)
-    ours = grid.round(weight / theirs.scales)
+    codebook = Codebook.of(8, 0, 3.0)
+    ours = codebook.round(weight / theirs.scales)
     # Positions within a 128th of a threshold may differ, and -128, which the scheme has not.
     assert float((ours != theirs.codes()).float().mean()) < 0.02
 
 
-def test_a_grid_names_what_is_out_of_range() -> None:
+def test_a_codebook_names_what_is_out_of_range() -> None:
     for call, words in (
-        (lambda: Grid.of(1), "bits: got 1"),
-        (lambda: Grid.of(8, 128), "shift: got 128"),
-        (lambda: Grid.of(8, 0, -1.0), "price: got -1.0"),
-        (lambda: Grid.of(8, 0, float("nan")), "price: got nan"),
+        (lambda: Codebook.of(1), "bits: got 1"),
+        (lambda: Codebook.of(8, 128), "shift: got 128"),
+        (lambda: Codebook.of(8, 0, -1.0), "price: got -1.0"),
+        (lambda: Codebook.of(8, 0, float("nan")), "price: got nan"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

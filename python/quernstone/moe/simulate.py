@@ -73,12 +73,12 @@ def simulate(
     for policy in policies:
         if policy not in POLICIES:
             raise ValueError(f"policies: got {policy!r}, expected some of {', '.join(POLICIES)}")
-    resident = _resident(trace, cache, slots)
+    resident = resident_experts(trace, cache, slots)
     seconds = dict.fromkeys(policies, 0.0)
     hit = requests = 0
     for layer in range(trace.layers):
         for step in range(trace.number_of_steps):
-            _, loads, ready = _active(trace, resident[layer], layer, step)
+            _, loads, ready = active_experts(trace, resident[layer], layer, step)
             hit, requests = hit + int(ready.sum()), requests + len(ready)
             problem = costs.layer(loads, ready)
             for policy in policies:
@@ -103,10 +103,10 @@ def plan_step(
     """
     if not 0 <= step < trace.number_of_steps:
         raise ValueError(f"step: got {step}, expected 0 to {trace.number_of_steps - 1}")
-    resident = _resident(trace, cache, slots)
+    resident = resident_experts(trace, cache, slots)
     begin, intervals = 0.0, list[Interval]()
     for layer in range(trace.layers):
-        keys, loads, ready = _active(trace, resident[layer], layer, step)
+        keys, loads, ready = active_experts(trace, resident[layer], layer, step)
         found = schedule_layer(costs.layer(loads, ready), policy)
         labels = [f"{layer}.{key}" for key in keys]
         intervals += shifted(found.intervals(labels), begin)
@@ -130,7 +130,7 @@ def shifted(
         yield Interval(resource, begin + start, begin + end, label, kind)
 
 
-def _resident(trace: Trace, cache: CachePolicy, slots: int) -> list[list[dict[int, bool]]]:
+def resident_experts(trace: Trace, cache: CachePolicy, slots: int) -> list[list[dict[int, bool]]]:
     """[l][s]: of each expert that the step needs, in its order, whether it hits."""
     check_policy(cache)
     found = []
@@ -147,7 +147,7 @@ def _resident(trace: Trace, cache: CachePolicy, slots: int) -> list[list[dict[in
     return found
 
 
-def _active(
+def active_experts(
     trace: Trace, resident: list[dict[int, bool]], layer: int, step: int
 ) -> tuple[list[int], NDArray[np.int64], NDArray[np.bool_]]:
     """Experts of a step in a layer, their loads, and whether they are cached."""

@@ -1,13 +1,23 @@
 """Bit-serial processing in SRAM macros: what toggles, how much of it can, and the product itself.
 
-`macro` says how a macro is built and driven; `api` counts ones and toggles and multiplies bit by
-bit; `reference` is its plain twin.
+`macro` says how a macro is built and driven; `array` is a layer programmed into macros; `api`
+counts ones and toggles and multiplies bit by bit; `reference` is its plain twin.
 """
 
 from quernstone.pim import reference, reference_lhr
-from quernstone.pim.api import hamming_count, hamming_rate, hamming_weights
+from quernstone.pim.api import (
+    formulations,
+    hamming_count,
+    hamming_rate,
+    hamming_weights,
+    line_toggles,
+    mvm,
+    toggle_count,
+    toggle_rate,
+)
+from quernstone.pim.array import Array
+from quernstone.pim.codebook import Codebook
 from quernstone.pim.fit import FitReport, LayerFit, fit
-from quernstone.pim.grid import Grid
 from quernstone.pim.lhr import (
     hamming_regulariser,
     hamming_regulariser_into,
@@ -17,19 +27,25 @@ from quernstone.pim.lhr import (
 from quernstone.pim.macro import Count, Macro
 
 __all__ = [
+    "Array",
+    "Codebook",
     "Count",
     "FitReport",
-    "Grid",
     "LayerFit",
     "Macro",
     "fit",
+    "formulations",
     "hamming_count",
     "hamming_rate",
     "hamming_regulariser",
     "hamming_regulariser_into",
     "hamming_weights",
+    "line_toggles",
     "mean_hamming_weight",
+    "mvm",
     "reference",
     "reference_lhr",
     "symmetric_scales",
+    "toggle_count",
+    "toggle_rate",
 ]

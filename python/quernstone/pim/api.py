@@ -5,12 +5,14 @@ Axes: o outputs, i inputs of a layer; v vectors; t cycles; r tiles of rows, b ti
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quernstone import _core
 from quernstone.pim import checks, reference
+from quernstone.pim.array import Array, Formulation, Resolution, line_toggles_of, lines_of, narrowed
 from quernstone.pim.checks import Integers
 from quernstone.pim.macro import Count, Macro
 
@@ -67,8 +69,7 @@ def hamming_count(
     if per not in _PER:
         raise ValueError(f"per: got {per!r}, expected one of {_PER}")
     if per == "all":
-        ones = hamming_weights(weights, bits, signed=signed)
-        return Count(np.asarray(ones.sum(dtype=np.int64)), ones.size * bits)
+        return _count_all(checks.integers("weights", weights), checks.bits("bits", bits), signed)
     matrix = checks.matrix("weights", weights)
     ones = hamming_weights(matrix, bits, signed=signed)
     outputs, inputs = matrix.shape
@@ -132,3 +133,111 @@ def hamming_rate(
         raise ValueError("weights: got none, expected at least one")
     rate = count.rate
     return float(rate) if per == "all" else rate
+
+
+def _count_all(array: NDArray[Any], bits: int, signed: bool) -> Count:
+    plain = array.dtype.isnative and array.flags.c_contiguous and array.flags.aligned
+    if plain and array.size and array.itemsize == (1 if bits <= 8 else 2):
+        # One pass over the memory, which also finds what is out of range.
+        unsigned = array.dtype.kind == "u"
+        dtype = np.dtype(f"i{array.itemsize}")
+        if signed == (not unsigned) or bits < 8 * array.itemsize:
+            ones, fits = _core.pim.count_ones(array.reshape(-1).view(dtype), bits, signed)
+            if fits:
+                return Count(np.asarray(ones, np.int64), array.size * bits)
+    ones_of_each = hamming_weights(array, bits, signed=signed)
+    return Count(np.asarray(ones_of_each.sum(dtype=np.int64)), array.size * bits)
+
+
+def toggle_count(
+    weights: Integers,
+    inputs: Integers,
+    macro: Macro,
+    resolution: Resolution = "bank",
+    *,
+    formulation: Formulation = "auto",
+) -> Count:
+    """Counts the cell products that toggle in each cycle; for many inputs see `Array.toggles`.
+
+    Args:
+        weights: [o, i, ...] integers of `macro.weight_bits`.
+        inputs: [v, i] integers of `macro.input_bits`.
+        macro: how the macros are built and driven.
+        resolution, formulation: see `Array.toggles`.
+
+    Returns:
+        Counts, int32: "bank" [r, t, o], "macro" [r, t, b], "row" [b, t, i].
+
+    Raises:
+        ValueError, TypeError: see `Array` and `Array.toggles`.
+    """
+    return Array(weights, macro).toggles(inputs, resolution, formulation=formulation)
+
+
+def toggle_rate(
+    weights: Integers,
+    inputs: Integers,
+    macro: Macro,
+    resolution: Resolution = "bank",
+    *,
+    formulation: Formulation = "auto",
+) -> NDArray[np.float64]:
+    """Rtog: the share of a bank's (macro's, row's) cell products that toggle, cycle by cycle.
+
+    No bank toggles more of its cells than hold a one: Rtog <= HR, equal where every line changes.
+
+    Args:
+        weights, inputs, macro, resolution, formulation: see `toggle_count`.
+
+    Returns:
+        "bank" [r, t, o], "macro" [r, t, b], "row" [b, t, i], 0 to 1, of the cells of a whole bank,
+        macro or row: cells that the layer does not fill count and never toggle.
+
+    Raises:
+        ValueError, TypeError: see `toggle_count`.
+
+    Source: AIM (arXiv 2511.04321), our reading of its Rtog. Oracle: `reference.toggles`.
+    """
+    return toggle_count(weights, inputs, macro, resolution, formulation=formulation).rate
+
+
+def line_toggles(inputs: Integers, macro: Macro) -> NDArray[np.uint8]:
+    """Which row lines change in each cycle.
+
+    Args:
+        inputs: [v, i] integers of `macro.input_bits`.
+        macro: how its lines are driven.
+
+    Returns:
+        uint8 [t, i], 1 where a line changes.
+
+    Raises:
+        ValueError, TypeError: inputs of another shape, dtype or range.
+    """
+    checks.is_macro(macro)
+    array = checks.integers("inputs", inputs)
+    width = array.shape[1] if array.ndim == 2 else 0
+    x = narrowed(checks.inputs(array, macro, width), macro.input_bits)
+    return line_toggles_of(x, lines_of(macro), macro).reshape(-1, width)
+
+
+def mvm(
+    weights: Integers, inputs: Integers, macro: Macro, *, formulation: Formulation = "auto"
+) -> NDArray[np.int64]:
+    """The product that a macro computes bit by bit, equal to that of the integers.
+
+    Args:
+        weights, inputs, macro, formulation: see `toggle_count`.
+
+    Returns:
+        [v, o] int64.
+
+    Raises:
+        ValueError, TypeError: see `toggle_count`.
+    """
+    return Array(weights, macro).mvm(inputs, formulation=formulation)
+
+
+def formulations() -> list[str]:
+    """The formulations of counts that this processor and the level in use have."""
+    return _core.pim.formulations()

@@ -44,9 +44,16 @@ def span(bits: int, signed: bool) -> tuple[int, int]:
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
 
 
+def holds_all(dtype: np.dtype[Any], bits: int, signed: bool) -> bool:
+    """Whether no integer of the dtype is out of the range of the bits."""
+    limits = np.iinfo(dtype)
+    low, high = span(bits, signed)
+    return low <= limits.min and limits.max <= high
+
+
 def in_range(name: str, values: NDArray[Any], bits: int, signed: bool) -> None:
     """Refuses an integer that the bits do not hold, by its value."""
-    if not values.size:
+    if not values.size or holds_all(values.dtype, bits, signed):
         return
     low, high = span(bits, signed)
     for value in (int(values.min()), int(values.max())):

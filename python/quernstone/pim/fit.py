@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from quernstone.pim.api import hamming_rate
-from quernstone.pim.grid import Grid
+from quernstone.pim.codebook import Codebook
 from quernstone.pim.lhr import hamming_regulariser_into, symmetric_scales
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -115,7 +115,7 @@ def fit(
         ratio: lambda of the regulariser, 0 or more; for all layers or by name.
         shift: see `mean_hamming_weight`; for all layers or by name.
         price: what a one costs when a weight is rounded, in squared steps of the scale
-            (`Grid`); 0 rounds to the nearest code. For all layers or by name.
+            (`Codebook`); 0 rounds to the nearest code. For all layers or by name.
         bits: of a code, 2 to 16.
         layers: names of submodules with an fp32 `weight`; None: all linear and convolutional ones.
         optimizer: makes one for the parameters that require gradients; None: Adam, rate 1e-4.
@@ -161,8 +161,8 @@ def fit(
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-        return grid.round(weight / scale).mul_(scale)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, codebook: Codebook) -> Tensor:
+        return codebook.round(weight / scale).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -174,14 +174,14 @@ class _Rounded(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, scale: Tensor, grid: Grid) -> None:
+    def __init__(self, scale: Tensor, codebook: Codebook) -> None:
         super().__init__()
         self.register_buffer("scale", scale, persistent=False)
-        self.grid = grid
+        self.codebook = codebook
 
     def forward(self, weight: Tensor) -> Tensor:
         made: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            weight, self.scale, self.grid
+            weight, self.scale, self.codebook
         )
         return made
 
@@ -199,7 +199,7 @@ class _Plan:
         self.first = weight.detach().clone()
         try:
             self.scales = symmetric_scales(weight, bits=bits)
-            self.grid = Grid.of(bits, shift, price)
+            self.codebook = Codebook.of(bits, shift, price)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
         self.scale = self.scales.reshape(-1, *(1,) * (weight.ndim - 1))
@@ -212,14 +212,14 @@ class _Plan:
         return listed.weight.original  # type: ignore[no-any-return]
 
     def stored(self, weight: Tensor) -> Tensor:
-        return self.grid.round(weight / self.scale).add_(self.shift).short()
+        return self.codebook.round(weight / self.scale).add_(self.shift).short()
 
     def rate(self, codes: Tensor) -> float:
         return hamming_rate(codes, self.bits)
 
     def begin(self) -> None:
         parametrize.register_parametrization(
-            self.layer, "weight", _Rounded(self.scale, self.grid), unsafe=True
+            self.layer, "weight", _Rounded(self.scale, self.codebook), unsafe=True
         )
         self.start = self.rate(self.stored(self.first))
 
@@ -241,7 +241,7 @@ class _Plan:
     def end(self) -> LayerFit:
         codes = self.stored(self.weight.detach())
         self._leave((codes.float() - self.shift) * self.scale)
-        nearest = Grid.of(self.bits).round(self.first / self.scale).short()
+        nearest = Codebook.of(self.bits).round(self.first / self.scale).short()
         edges = (codes == codes.new_tensor(-(1 << (self.bits - 1)))) | (
             codes == (1 << (self.bits - 1)) - 1
         )

@@ -6,7 +6,7 @@ Axes: o outputs, i inputs of a layer; v vectors; t cycles; r tiles of rows, b ti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,11 +110,11 @@ class Count:
     """Something counted, and how many cells it was counted among.
 
     Args:
-        counts: int64, exact.
+        counts: integers, exact.
         cells: of each of the counts, padding included where a macro was named.
     """
 
-    counts: NDArray[np.int64]
+    counts: NDArray[Any]
     cells: int
 
     @property

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quernstone import _core
 from quernstone.quant.scheme import Scheme
 from quernstone.quant.tensor import QTensor, by_scale, undo_by_scale
 
 Method = Literal["rtn", "gptq"]
+PenaltyUnit = Literal["step", "output"]
 # The smallest scale, of a group of zeros too: products with codes stay normal numbers.
 SMALLEST_SCALE = 2.0**-100
 # The largest weight: scales of any kind, times any code, stay finite in fp32.
@@ -22,18 +24,23 @@ LARGEST_WEIGHT = 2.0**125
 class Rounding:
     """To the code whose squared error plus penalty is least.
 
-    The error counts in steps of the scale, so a penalty of 1 outweighs being one step away. Without
-    a penalty this is rounding to the nearest code.
+    Without a penalty this is rounding to the nearest code.
 
     Args:
         penalty: what each code costs: [levels], from the scheme's lowest code to its highest.
         reach: codes on either side of the nearest that may be taken; 0 without a penalty.
+        unit: of penalty and error. "step": steps of the scale, squared, so a penalty of 1 outweighs
+            being one step away. "output": the squared error that the Hessian gives, dw H dw^T; with
+            "gptq" alone, where a step of input i costs (scale / U_ii)^2 for H^-1 = U^T U.
     """
 
     penalty: Tensor | None = None
     reach: int = 1
+    unit: PenaltyUnit = "step"
 
     def __post_init__(self) -> None:
+        if self.unit not in ("step", "output"):
+            raise ValueError(f"unit: got {self.unit!r}, expected 'step' or 'output'")
         if self.reach < 0:
             raise ValueError(f"reach: got {self.reach}, expected 0 or more")
         if self.penalty is None:
@@ -132,6 +139,11 @@ def _check(
         raise TypeError(f"rounding: got {type(rounding).__name__}, expected a Rounding")
     if method not in ("rtn", "gptq"):
         raise ValueError(f"method: got {method!r}, expected 'rtn' or 'gptq'")
+    if rounding.unit == "output" and (method != "gptq" or clips > 1):
+        raise ValueError(
+            f"rounding.unit: got 'output' with method {method!r} and {clips} clips, expected "
+            "'gptq' and 1 clip"
+        )
     if not 1 <= clips <= 1000:
         raise ValueError(f"clips: got {clips}, expected 1 to 1000")
     if not 0.0 <= damping <= 1.0:
@@ -257,42 +269,22 @@ def _gptq(
 ) -> QTensor:
     outputs, inputs = weight.shape
     w = weight.double().clone()
-    h = hessian.double().clone()
-    # An input that was never seen cannot be corrected for: it is rounded by itself.
-    unseen = h.diagonal() <= 0
-    h[unseen, unseen] = 1.0
-    h.diagonal().add_(damping * float(h.diagonal().mean()))
-    factor, failed = torch.linalg.cholesky_ex(h)
-    # The inverse of a matrix that is nearly singular may have no factor although the matrix has.
-    upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    if int(failed) or int(failed_too):
-        raise ValueError(
-            "hessian: got a matrix that is not positive definite after damping, expected one "
-            "that is; more calibration data or a larger damping"
-        )
-    whole = scheme.granularity != "group"
-    width = scheme.group
-    # What later blocks owe to this one is one product; a group begins and ends in one block.
-    block = 128 if whole else max(1, 128 // width) * width
-    table = [choose_scales(by_scale(w.float(), scheme), scheme, rounding, clips)] if whole else []
-    codes = torch.empty(outputs, inputs, dtype=torch.int16)
-    for begin in range(0, inputs, block):
-        end = min(begin + block, inputs)
-        errors = torch.empty(outputs, end - begin, dtype=torch.float64)
-        for i in range(begin, end):
-            if not whole and i % width == 0:
-                # Groups see what the inputs before them have left behind.
-                group = w[:, i : i + width].float().unsqueeze(1)
-                table.append(choose_scales(group, scheme, rounding, clips))
-            scales, zeros = table[-1]
-            scale = scales[:, 0].double()
-            zero = 0.0 if zeros is None else zeros[:, 0].double()
-            code = rounding.codes(w[:, i] / scale + zero, scheme)
-            codes[:, i] = code.to(torch.int16)
-            error = (w[:, i] - (code - zero) * scale) / upper[i, i]
-            errors[:, i - begin] = error
-            w[:, i + 1 : end] -= error.unsqueeze(1) * upper[i, i + 1 : end]
-        w[:, end:] -= errors @ upper[begin:end, end:]
+    upper = inverse_factor(hessian, damping)
+    if scheme.granularity != "group":
+        table = [choose_scales(by_scale(w.float(), scheme), scheme, rounding, clips)]
+        codes = _round_with(w, upper, *table[0], scheme, rounding)
+    else:
+        table = []
+        codes = torch.empty(outputs, inputs, dtype=torch.int16)
+        for begin in range(0, inputs, scheme.group):
+            end = min(begin + scheme.group, inputs)
+            # Groups see what the inputs before them have left behind.
+            group = w[:, begin:end]
+            table.append(choose_scales(group.float().unsqueeze(1), scheme, rounding, clips))
+            codes[:, begin:end] = _round_with(
+                group, upper[begin:end, begin:end], *table[-1], scheme, rounding
+            )
+            w[:, end:] -= group @ upper[begin:end, end:]
     zero_points = [zeros.to(torch.uint8) for _, zeros in table if zeros is not None]
     return QTensor.from_codes(
         codes,
@@ -300,3 +292,92 @@ def _gptq(
         torch.cat(zero_points, 1) if zero_points else None,
         scheme=scheme,
     )
+
+
+def _round_with(
+    w: Tensor,
+    upper: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    scheme: Scheme,
+    rounding: Rounding,
+) -> Tensor:
+    """Codes [n, k] of one scale a row, or one in all; `w` becomes the errors."""
+    rows = len(w)
+    scale = scales[:, 0].double().expand(rows)
+    zero = torch.zeros_like(scale) if zeros is None else zeros[:, 0].double().expand(rows)
+    levels = (scheme.lowest, scheme.highest)
+    return round_columns(w[None], upper[None], scale[None], zero[None], *levels, rounding)[0]
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """U [..., k, k], fp64, of (H + damping)^-1 = U^T U for Hessians [..., k, k].
+
+    An input that was never seen cannot be corrected for: it is rounded by itself.
+
+    Raises:
+        ValueError: a matrix that is not positive definite.
+    """
+    h = hessian.double().clone()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    unseen = diagonal <= 0
+    diagonal[unseen] = 1.0
+    diagonal += damping * diagonal.mean(-1, keepdim=True)
+    factor, failed = torch.linalg.cholesky_ex(h)
+    # The inverse of a matrix that is nearly singular may have no factor although the matrix has.
+    upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if bool(failed.any()) or bool(failed_too.any()):
+        raise ValueError(
+            "hessian: got a matrix that is not positive definite after damping, expected one "
+            "that is; more calibration data or a larger damping"
+        )
+    return upper.contiguous()
+
+
+# What later blocks owe to one of these is one product.
+_BLOCK = 128
+
+
+def round_columns(
+    w: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    lowest: int,
+    highest: int,
+    rounding: Rounding,
+) -> Tensor:
+    """Codes [g, n, k], int16, of matrices whose inputs are rounded one after the other.
+
+    Args:
+        w: [g, n, k] fp64, numbers; they become the errors that GPTQ passes on, each over U_ii.
+        upper: [g, k, k] fp64 of `inverse_factor`.
+        scale, zero: [g, n] fp64; a code of the number 0 need not be whole.
+        lowest, highest: the codes.
+        rounding: its penalty has a number for each code.
+    """
+    levels = highest - lowest + 1
+    penalty, reach = rounding.penalty, rounding.reach
+    if penalty is None:
+        penalty, reach = torch.zeros(levels), 0
+    if penalty.shape != (levels,):
+        raise ValueError(f"penalty.shape: got {tuple(penalty.shape)}, expected {(levels,)}")
+    costs = penalty.detach().double().contiguous().numpy()
+    codes = torch.empty(w.shape, dtype=torch.int16)
+    inputs = w.shape[-1]
+    for begin in range(0, inputs, _BLOCK):
+        end = min(begin + _BLOCK, inputs)
+        block = w[..., begin:end]
+        _core.round_columns(
+            block.numpy(),
+            upper[:, begin:end, begin:end].numpy(),
+            scale.numpy(),
+            zero.numpy(),
+            costs,
+            lowest,
+            reach,
+            rounding.unit == "output",
+            codes[..., begin:end].numpy(),
+        )
+        w[..., end:] -= block @ upper[:, begin:end, end:]
+    return codes

@@ -1,5 +1,5 @@
-// Stands in for the compiler's <immintrin.h> when the AVX-512 sources are built for a processor
-// without AVX-512: SIMDe supplies the intrinsics from AVX2 and plain C, and what SIMDe 0.8.2 lacks
+// Stands in for the compiler's <immintrin.h> when the AVX-512 and AMX sources are built for a
+// processor that may lack them: SIMDe supplies the intrinsics from AVX2 and plain C, and what SIMDe 0.8.2 lacks
 // follows here, after Intel's Intrinsics Guide. The product's sources do not know about it. One
 // difference: SIMDe's VDPBF16PS keeps subnormals, the processor's takes them for zero.
 #pragma once
@@ -11,7 +11,9 @@
 #include <simde/x86/avx512.h>
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace {
@@ -60,7 +62,122 @@ __m256i emulated_cvtepi32_epi16(__m512i a) noexcept {
     return emulated_cast<__m256i>(out);
 }
 
+// AMX: eight tiles of up to 16 rows of 64 bytes, shaped by a configuration of 64 bytes. What the
+// processor would refuse ends the program.
+struct EmulatedTiles {
+    struct Tile {
+        std::uint8_t row[16][64];
+        unsigned rows, bytes;
+    } tile[8];
+    bool configured;
+};
+inline thread_local EmulatedTiles emulated_tiles{};
+
+inline void emulated_tile_must(bool true_of_hardware) noexcept {
+    if (!true_of_hardware) {
+        std::abort();
+    }
+}
+
+inline void emulated_tile_loadconfig(const void* config) noexcept {
+    std::uint8_t bytes[64];
+    std::memcpy(bytes, config, sizeof bytes);
+    emulated_tile_must(bytes[0] == 1 && bytes[1] == 0);
+    emulated_tiles = {};
+    emulated_tiles.configured = true;
+    for (int i = 0; i < 8; ++i) {
+        auto& tile = emulated_tiles.tile[i];
+        tile.rows = bytes[48 + i];
+        tile.bytes = bytes[16 + 2 * i] + 256U * bytes[17 + 2 * i];
+        emulated_tile_must(tile.rows <= 16 && tile.bytes <= 64 &&
+                           (tile.rows == 0) == (tile.bytes == 0));
+    }
+}
+
+inline void emulated_tile_release() noexcept { emulated_tiles = {}; }
+
+inline EmulatedTiles::Tile& emulated_tile(int i) noexcept {
+    emulated_tile_must(emulated_tiles.configured && emulated_tiles.tile[i].rows > 0);
+    return emulated_tiles.tile[i];
+}
+
+inline void emulated_tile_zero(int i) noexcept {
+    std::memset(emulated_tile(i).row, 0, sizeof emulated_tile(i).row);
+}
+
+inline void emulated_tile_loadd(int i, const void* from, std::ptrdiff_t stride) noexcept {
+    auto& tile = emulated_tile(i);
+    emulated_tile_zero(i);
+    for (unsigned r = 0; r < tile.rows; ++r) {
+        std::memcpy(tile.row[r],
+                    static_cast<const char*>(from) + static_cast<std::ptrdiff_t>(r) * stride,
+                    tile.bytes);
+    }
+}
+
+inline void emulated_tile_stored(int i, void* to, std::ptrdiff_t stride) noexcept {
+    const auto& tile = emulated_tile(i);
+    for (unsigned r = 0; r < tile.rows; ++r) {
+        std::memcpy(static_cast<char*>(to) + static_cast<std::ptrdiff_t>(r) * stride, tile.row[r],
+                    tile.bytes);
+    }
+}
+
+// TDPBSSD: sums[m][n] += the products of four signed bytes of a[m] and of b, for each of b's rows
+inline void emulated_tile_dpbssd(int sums, int a, int b) noexcept {
+    auto& to = emulated_tile(sums);
+    const auto& left = emulated_tile(a);
+    const auto& right = emulated_tile(b);
+    emulated_tile_must(left.rows == to.rows && left.bytes == 4 * right.rows &&
+                       right.bytes == to.bytes);
+    for (unsigned m = 0; m < to.rows; ++m) {
+        for (unsigned n = 0; n < to.bytes; n += 4) {
+            std::int32_t sum;
+            std::memcpy(&sum, to.row[m] + n, sizeof sum);
+            for (unsigned k = 0; k < left.bytes; ++k) {
+                sum += static_cast<std::int8_t>(left.row[m][k]) *
+                       static_cast<std::int8_t>(right.row[k / 4][n + k % 4]);
+            }
+            std::memcpy(to.row[m] + n, &sum, sizeof sum);
+        }
+    }
+}
+
+// TDPBUUD: sums[m][n] += the products of four unsigned bytes of a[m] and of b, for each of b's rows
+inline void emulated_tile_dpbuud(int sums, int a, int b) noexcept {
+    auto& to = emulated_tile(sums);
+    const auto& left = emulated_tile(a);
+    const auto& right = emulated_tile(b);
+    emulated_tile_must(left.rows == to.rows && left.bytes == 4 * right.rows &&
+                       right.bytes == to.bytes);
+    for (unsigned m = 0; m < to.rows; ++m) {
+        for (unsigned n = 0; n < to.bytes; n += 4) {
+            std::uint32_t sum;
+            std::memcpy(&sum, to.row[m] + n, sizeof sum);
+            for (unsigned k = 0; k < left.bytes; ++k) {
+                sum += static_cast<std::uint32_t>(left.row[m][k]) *
+                       static_cast<std::uint32_t>(right.row[k / 4][n + k % 4]);
+            }
+            std::memcpy(to.row[m] + n, &sum, sizeof sum);
+        }
+    }
+}
+
 }  // namespace
 
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbssd
+#undef _tile_dpbuud
+#define _tile_dpbuud(sums, a, b) emulated_tile_dpbuud(sums, a, b)
+#define _tile_loadconfig(config) emulated_tile_loadconfig(config)
+#define _tile_release() emulated_tile_release()
+#define _tile_zero(i) emulated_tile_zero(i)
+#define _tile_loadd(i, from, stride) emulated_tile_loadd(i, from, stride)
+#define _tile_stored(i, to, stride) emulated_tile_stored(i, to, stride)
+#define _tile_dpbssd(sums, a, b) emulated_tile_dpbssd(sums, a, b)
 #define _mm512_cvtneps_pbh(a) emulated_cvtneps_pbh(a)
 #define _mm512_cvtepi32_epi16(a) emulated_cvtepi32_epi16(a)

@@ -1,0 +1,217 @@
+"""Hamming rates of real networks: as they are, and cut at equal fidelity without training."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from quernstone.bench import figures_pim
+from quernstone.bench.cases.pim_networks import NETWORKS, Network, deviation, table
+from quernstone.bench.fidelity import layer_snr
+from quernstone.bench.harness import Absent, Measure, rows
+from quernstone.bench.optional import GET_MODELS
+from quernstone.pim import Macro, toggle_rate
+from quernstone.pim.network import Candidates, Compressed, calibrate, integer_inputs
+
+
+@functools.lru_cache(maxsize=1)
+def tried(name: str) -> Candidates:
+    network = NETWORKS[name]
+    graph = network.load()
+    return Candidates(graph, calibrate(graph, network.inputs("calibration")))
+
+
+@functools.cache
+def compressed(name: str) -> tuple[Compressed, float]:
+    """The network at its operating point, and the seconds that it took."""
+    begin = time.perf_counter()
+    of = NETWORKS[name]
+    found = tried(name).choose(of.snr, fidelity=of.fidelity)
+    return found, time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    what: str
+    network: Network
+    threads: int = 2
+
+    @property
+    def quick(self) -> bool:
+        return self.network.quick
+
+    @property
+    def id(self) -> str:
+        return f"pim.{self.what}.{self.network.name}"
+
+
+# A layer that is as good as unchanged counts as this.
+_MOST_DECIBELS = 60.0
+
+
+def _mean(ratios: dict[str, float]) -> float:
+    return float(np.mean([min(ratio, _MOST_DECIBELS) for ratio in ratios.values()]))
+
+
+def _cases(what: str, *names: str) -> list[NetworkCase]:
+    return [NetworkCase(what, NETWORKS[name]) for name in names or NETWORKS]
+
+
+def _present(case: NetworkCase, measure: Measure, what: str, unit: str) -> None:
+    """Leaves the row out where the package of weights is missing."""
+    try:
+        case.network.load()
+    except ImportError as error:
+        measure.absent(
+            what=what, unit=unit, missing=Absent(case.network.name, f"{error}; {GET_MODELS}")
+        )
+
+
+def _value(case: NetworkCase, measure: Measure, what: str, unit: str, compute: Callable[[], float],
+           notes: Callable[[], list[str]] = list) -> None:  # fmt: skip
+    _present(case, measure, what, unit)
+    row = measure.value(what=what, unit=unit, compute=compute)
+    row.notes += notes()
+
+
+@rows(*_cases("table", *(name for name, of in NETWORKS.items() if of.recorded)))
+def bench_table(case: NetworkCase, measure: Measure) -> None:
+    """Rates of the weights as they are, beside those recorded earlier by other code."""
+    name = case.network.name
+
+    def notes() -> list[str]:
+        found = table(name)
+        shifts = ", ".join(f"shift {s} {rate:.4f}" for s, (rate, _) in found.same_shift.items())
+        return [
+            f"{found.weights:,} weights: HR {found.hamming_rate:.4f}, {shifts}, "
+            f"4 bits {found.four_bits:.4f}; each layer's best shift {found.best_shift:.4f}"
+        ]
+
+    _value(
+        case, measure, "Hamming rates of the weights: largest distance from the recorded", "HR",
+        lambda: deviation(name), notes,
+    )  # fmt: skip
+
+
+@rows(*_cases("cut"))
+def bench_cut(case: NetworkCase, measure: Measure) -> None:
+    """Ones that are gone, at the operating point of `kept`."""
+    name = case.network.name
+
+    def notes() -> list[str]:
+        found, seconds = compressed(name)
+        return [
+            f"HR {found.hamming_rate_before:.4f} of the nearest integers, "
+            f"{found.hamming_rate:.4f} now; {found.snr:.1f} dB on calibration inputs",
+            f"rounded in {seconds:.0f} s after the candidates were tried",
+        ]
+
+    _value(
+        case, measure, "ones cut, int8 per channel, without training", "%",
+        lambda: 100 * compressed(name)[0].cut, notes,
+    )  # fmt: skip
+    if case.quick or name == "minilm":
+        measure.panel(
+            f"Hamming rate of {name}, layer by layer",
+            figures_pim.layers({name: compressed(name)[0].layers}),
+            "Every layer with its weights at the nearest integers of 8 bits, and rounded to few "
+            "ones at the operating point of this row.",
+        )
+
+
+VECTORS = 16
+
+
+@rows(*_cases("toggles", "classifier", "minilm"))
+def bench_toggles(case: NetworkCase, measure: Measure) -> None:
+    """Toggles of the widest layer on real inputs of 8 bits, the lowest bit first."""
+    name = case.network.name
+    found: dict[str, object] = {}
+
+    def compute() -> float:
+        network = compressed(name)[0]
+        weight = max(
+            (codes.weight for codes in network.codes.values() if codes.weight.groups == 1),
+            key=lambda weight: weight.size,
+        )
+        inputs = integer_inputs(network.int8, case.network.inputs("held-out")[0], weight, VECTORS)
+        macro = Macro(rows=inputs.shape[1], banks=weight.shape[0])
+        rates = []
+        for codes in (network.nearest, network.codes):
+            stored = codes[weight.constant].stored.reshape(weight.shape[0], -1)
+            rates.append(toggle_rate(stored, inputs, macro, "macro")[0, :, 0])
+        found.update(
+            name=weight.name, rates=rates,
+            bounds=(
+                network.nearest[weight.constant].hamming_rate,
+                network.codes[weight.constant].hamming_rate,
+            ),
+        )  # fmt: skip
+        return 100 * (1 - float(rates[1].mean() / rates[0].mean()))
+
+    _value(
+        case, measure, "toggles cut in the widest layer, real inputs of 8 bits", "%", compute,
+        lambda: [f"{found['name']}, {VECTORS} vectors of held-out inputs, lowest bit first"],
+    )  # fmt: skip
+    before, after = found["rates"]  # type: ignore[misc]
+    measure.panel(
+        f"Rtog of {name}, {found['name']}",
+        figures_pim.toggles(before, after, found["bounds"]),  # type: ignore[arg-type]
+        f"Share of cell products that toggle in each cycle, {VECTORS} vectors of held-out inputs "
+        "one bit after the other; dashed the Hamming rates, which no input exceeds.",
+    )
+
+
+@rows(*_cases("frontier", "classifier", "minilm"))
+def bench_frontier(case: NetworkCase, measure: Measure) -> None:
+    """Ones cut where every layer's output is at 30 dB on average, on calibration inputs."""
+    name = case.network.name
+
+    def compute() -> float:
+        return 100 * tried(name).choose(30.0).cut
+
+    _value(case, measure, "ones cut at 30 dB, the same for every network", "%", compute)
+    points = []
+    for snr in (24.0, 28.0, 32.0, 36.0, 40.0):
+        network = tried(name).choose(snr)
+        ratios = layer_snr(network.int8, network.network, case.network.inputs("held-out"))
+        kept = case.network.kept(network.int8, network.network)
+        points.append((_mean(ratios), network.cut, kept >= case.network.least))
+    measure.panel(
+        f"Ones against fidelity, {name}",
+        figures_pim.frontier({name: points}),
+        "Each point is one choice of every layer's shift, scale and price of a one; filled where "
+        "the network still does what is promised.",
+    )
+
+
+@rows(*_cases("snr"))
+def bench_snr(case: NetworkCase, measure: Measure) -> None:
+    """The mean over layers of each layer's own error on inputs that rounding has not seen."""
+    found: dict[str, float] = {}
+
+    def compute() -> float:
+        network = compressed(case.network.name)[0]
+        found.update(layer_snr(network.int8, network.network, case.network.inputs("held-out")))
+        return _mean(found)
+
+    _value(
+        case, measure, "output of a layer against int8, held-out inputs, mean over layers", "dB",
+        compute, lambda: [f"least of a layer {min(found.values()):.1f} dB"],
+    )  # fmt: skip
+
+
+@rows(*_cases("kept"))
+def bench_kept(case: NetworkCase, measure: Measure) -> None:
+    """What a user would notice, on inputs that rounding has not seen."""
+    of = case.network
+
+    def compute() -> float:
+        network = compressed(of.name)[0]
+        return of.kept(network.int8, network.network)
+
+    _value(case, measure, of.what, of.unit, compute)

@@ -1,0 +1,147 @@
+#include <cstring>
+#include <vector>
+
+#include "bind/bind.h"
+#include "bind/torch_shim.h"
+#include "common/bf16.h"
+#include "common/parallel.h"
+#include "moe/experts.h"
+
+// quernstone::moe_experts: what Experts computes, without Python between a model and the kernel.
+namespace quernstone::bind {
+namespace {
+
+using shim::Boxed;
+using shim::Tensor;
+
+constexpr const char* kSchema =
+    "moe_experts(Tensor x, Tensor ids, Tensor weights, Tensor packed, int format, int hidden, "
+    "int intermediate, int group, bool zero_points, bool integers) -> Tensor";
+
+void expect(const Tensor& x, const char* device, const char* ndim, std::int64_t want) {
+    if (!x.on_cpu()) {
+        raise(invalid(device, "another device", "cpu"));
+    }
+    if (x.ndim() != want) {
+        raise(invalid(ndim, x.ndim(), "", want));
+    }
+}
+
+void expect_dtype(const Tensor& x, const char* what, std::int32_t want) {
+    if (x.dtype() != want) {
+        raise(invalid(what, shim::dtype_name(x.dtype()), shim::dtype_name(want)));
+    }
+}
+
+template <class T>
+View<T, 2> view(const Tensor& x) {
+    auto* data = static_cast<T*>(x.data());
+    const std::int64_t *shape = x.shape(), *stride = x.strides();
+    // An empty tensor is present all the same.
+    return {data != nullptr ? data : reinterpret_cast<T*>(alignof(T)),
+            {shape[0], shape[1]},
+            {stride[0], stride[1]}};
+}
+
+float widen(bf16 x) noexcept {
+    const std::uint32_t bits = std::uint32_t{x.bits} << 16;
+    float wide = 0.0F;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+// To the nearest, ties to even; NaN stays one.
+bf16 narrow(float x) noexcept {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffU) > 0x7f800000U) {
+        return {static_cast<std::uint16_t>((bits >> 16) | 0x40U)};
+    }
+    return {static_cast<std::uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16)};
+}
+
+void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
+    const auto tensor = [stack](int i) { return Tensor(reinterpret_cast<shim::Handle>(stack[i])); };
+    const Tensor x = tensor(0), ids = tensor(1), weights = tensor(2), packed = tensor(3);
+    expect(x, "x.device", "x.ndim", 2);
+    expect(ids, "ids.device", "ids.ndim", 2);
+    expect(weights, "weights.device", "weights.ndim", 2);
+    expect(packed, "packed.device", "packed.ndim", 1);
+    expect_dtype(ids, "ids.dtype", shim::dtype::kInt64);
+    expect_dtype(weights, "weights.dtype", shim::dtype::kFloat32);
+    const bool narrowed = x.dtype() == shim::dtype::kBFloat16;
+    if (!narrowed) {
+        expect_dtype(x, "x.dtype", shim::dtype::kFloat32);
+    }
+    const auto format = shim::unbox<std::int64_t>(stack[4]);
+    if (format < 0 || format > static_cast<std::int64_t>(gemm::Format::kInt4)) {
+        raise(invalid("format", format, "0 to 2"));
+    }
+    moe::Experts of{static_cast<gemm::Format>(format),   1,
+                    shim::unbox<std::int64_t>(stack[5]), shim::unbox<std::int64_t>(stack[6]),
+                    shim::unbox<std::int64_t>(stack[7]), shim::unbox<bool>(stack[8])};
+    raise(moe::check(of));
+    of.data = static_cast<const std::byte*>(packed.data());
+    of.count = packed.shape()[0] / of.expert_bytes();
+    if (of.count < 1 || packed.shape()[0] % of.expert_bytes() != 0) {
+        raise(invalid("packed.shape[0]", packed.shape()[0], "a multiple of", of.expert_bytes()));
+    }
+    if (reinterpret_cast<std::uintptr_t>(of.data) % gemm::kAlign != 0) {
+        raise(invalid("packed", "memory that is not aligned", "64 bytes"));
+    }
+    const std::int64_t shape[] = {x.shape()[0], x.shape()[1]};
+    Tensor out = shim::empty(2, shape, x.dtype());
+    const auto compute = shim::unbox<bool>(stack[9]) ? gemm::Compute::kInt8 : gemm::Compute::kFloat;
+    const auto id = view<const std::int64_t>(ids);
+    const auto weight = view<const float>(weights);
+    const std::int64_t tokens = shape[0], width = shape[1];
+    if (!narrowed && (x.strides()[1] == 1 || width < 2)) {
+        raise(moe::forward(of, {view<const float>(x), id, weight, view<float>(out), compute},
+                           num_threads()));
+        stack[0] = out.release();
+        return;
+    }
+    thread_local std::vector<float> room;
+    room.resize(static_cast<std::size_t>(2 * tokens * width));
+    float* const wide = room.data();
+    float* const found = wide + tokens * width;
+    const auto widen_all = [&](const auto& from, const auto& number) {
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            for (std::int64_t i = 0; i < width; ++i) {
+                wide[t * width + i] = number(*from.at(t, i));
+            }
+        }
+    };
+    if (narrowed) {
+        widen_all(view<const bf16>(x), widen);
+    } else {
+        widen_all(view<const float>(x), [](float value) { return value; });
+    }
+    raise(moe::forward(of,
+                       {{wide, {tokens, width}, {width, 1}},
+                        id,
+                        weight,
+                        {found, {tokens, width}, {width, 1}},
+                        compute},
+                       num_threads()));
+    for (std::int64_t i = 0; i < tokens * width; ++i) {
+        if (narrowed) {
+            static_cast<bf16*>(out.data())[i] = narrow(found[i]);
+        } else {
+            static_cast<float*>(out.data())[i] = found[i];
+        }
+    }
+    if (room.size() > (std::size_t{1} << 20)) {
+        room = {};
+    }
+    stack[0] = out.release();
+}
+
+}  // namespace
+
+void register_moe_operator() {
+    shim::define(kSchema);
+    shim::implement_cpu("moe_experts", experts);
+}
+
+}  // namespace quernstone::bind

@@ -1,0 +1,510 @@
+"""Layers of experts that run: on the CPU alone, or by a schedule on the CPU and a device.
+
+Axes: t tokens, c choices of a token, e experts, m hidden width, l layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from quernstone import _core
+from quernstone.moe.cache.base import whole
+from quernstone.moe.cache.policies import Policy as CachePolicy
+from quernstone.moe.cache.policies import check_policy
+from quernstone.moe.cost import CostModel, Curve
+from quernstone.moe.devices import Device, EmulatedDevice, Work
+from quernstone.moe.experts import Experts
+from quernstone.moe.schedule import MAX_DISTANCE, Interval, Policy
+from quernstone.moe.torch_op import bind_experts
+from quernstone.plan import Interval as PlanInterval
+from quernstone.plan import Plan
+
+Router = Callable[[Tensor], Tensor]
+"""[t, m] fp32 hidden states to [t, e] scores, of which the largest choose: logits or a softmax."""
+STAGING = 4
+"""Slots of a device for experts that are moved and not kept."""
+
+
+class Runtime:
+    """The layers of experts of a model, and where they are computed.
+
+    Outputs depend neither on the schedule, nor on the cache, nor on prefetching: a token's experts
+    are summed in the order of their numbers wherever each was computed. Between devices of
+    different arithmetic they differ by its rounding, unless `reproducible`.
+
+    Args:
+        layers: experts by the name of their layer, in the order in which a model calls them.
+        device: what computes beside the CPU; None: nothing does.
+        costs: of an expert; None asks the device.
+        policy: of the schedule.
+        cache: which experts stay on the device.
+        slots: of each layer on the device, one number for all or one each; None is a quarter of
+            the experts.
+        prefetch: layers ahead whose experts are moved while the bus is idle, 0 to 3.
+        reproducible: int8 and int4 experts alone: the arithmetic of csrc/moe/README.md, bit for bit
+            the same on every processor and device.
+
+    Raises:
+        ValueError: no layer, a value out of its range, bf16 experts with `reproducible`.
+        TypeError: a value of another type.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Experts],
+        device: Device | None = None,
+        *,
+        costs: CostModel | None = None,
+        policy: Policy = "hybrid",
+        cache: CachePolicy = "reuse",
+        slots: int | Sequence[int] | None = None,
+        prefetch: int = 0,
+        reproducible: bool = False,
+    ) -> None:
+        _check_layers(layers, reproducible)
+        if policy not in get_args(Policy):
+            raise ValueError(f"policy: got {policy!r}, expected one of {get_args(Policy)}")
+        check_policy(cache)
+        if cache == "belady":
+            raise ValueError("cache: got 'belady', expected a policy that does not know the future")
+        if not 0 <= whole("prefetch", prefetch) <= MAX_DISTANCE:
+            raise ValueError(f"prefetch: got {prefetch}, expected 0 to {MAX_DISTANCE}")
+        self.device = device
+        self._experts = list(layers.values())
+        self._modules = {
+            name: HybridMoE(of, _Place(self, i)) for i, (name, of) in enumerate(layers.items())
+        }
+        self._routers: dict[int, Router] = {}
+        self._prefetch = prefetch
+        self._slots = _slots(slots, self._experts)
+        self._core: _core.moe.Runtime | None = None
+        self._lock = threading.Lock()
+        self._recording: Recording | None = None
+        self._closed = False
+        self._computes = [of.compute for of in self._experts]
+        self._layouts = [of.shape.layout() for of in self._experts]
+        if device is None:
+            if costs is not None:
+                raise ValueError("costs: got some without a device, expected None")
+            return
+        if isinstance(device, EmulatedDevice) and costs is not None:
+            raise ValueError("costs: got some beside an emulated device, which has its own")
+        if len(set(self._computes)) > 1:
+            raise ValueError("layers: got bf16 beside int4 or int8, expected one of them")
+        try:
+            device.open(self._experts, self._slots, STAGING, reproducible=reproducible)
+            used = costs or device.costs(self._experts[0].shape)
+            self._paced = device.emulated
+            self._core = _planner(used, device, self._experts, self._slots, policy, cache)
+            for layer, count in enumerate(self._slots):
+                self._bring(layer, range(count))
+        except BaseException:
+            device.close()
+            raise
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self._modules)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Of each layer on the device."""
+        return tuple(self._slots) if self.device is not None else (0,) * len(self._slots)
+
+    def layer(self, name: str) -> HybridMoE:
+        """The module of a layer.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if name not in self._modules:
+            raise ValueError(f"name: got {name!r}, expected one of {', '.join(self._modules)}")
+        return self._modules[name]
+
+    def set_router(self, name: str, router: Router) -> None:
+        """Tells the router of a layer: prefetching asks it about hidden states of earlier ones.
+
+        Raises:
+            ValueError: there is no such layer.
+            TypeError: a router that cannot be called.
+        """
+        place = self.layer(name).place
+        if not callable(router):
+            raise TypeError(f"router: got {type(router).__name__}, expected a callable")
+        assert place is not None
+        self._routers[place.layer] = router
+
+    def resident(self, name: str) -> list[int]:
+        """Experts of a layer that are on the device, or on their way."""
+        place = self.layer(name).place
+        assert place is not None
+        return [] if self._core is None else self._core.resident(place.layer)
+
+    def place(self, name: str, experts: Iterable[int]) -> None:
+        """Has just these experts of a layer on the device.
+
+        Raises:
+            ValueError: more than the layer has slots, or one that it does not have.
+        """
+        place = self.layer(name).place
+        assert place is not None
+        wanted = [whole("experts", expert) for expert in experts]
+        count = self._experts[place.layer].shape.count
+        for expert in wanted:
+            if expert >= count:
+                raise ValueError(f"experts: got {expert}, expected 0 to {count - 1}")
+        if len(set(wanted)) > self.slots[place.layer]:
+            raise ValueError(
+                f"experts: got {len(set(wanted))}, expected at most {self.slots[place.layer]}, "
+                "the layer's slots"
+            )
+        with self._lock:
+            if self._core is not None:
+                self._core.clear(place.layer)
+                self._bring(place.layer, wanted)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Records what is done within, and what was predicted. Without a device, nothing is."""
+        recording = Recording(self.device, tuple(self._modules))
+        if self.device is not None:
+            self.device.times()  # what was before
+        self._recording = recording
+        try:
+            yield recording
+        finally:
+            self._recording = None
+            if self.device is not None and not self._closed:
+                recording.real += self.device.times()
+
+    def close(self) -> None:
+        """Ends the workers and gives the device back; may be called twice."""
+        with self._lock:
+            self._closed = True
+            self._core = None
+            if self.device is not None:
+                self.device.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _bring(self, layer: int, experts: Iterable[int]) -> None:
+        core, device = self._opened()
+        with device.untimed() if isinstance(device, EmulatedDevice) else contextlib.nullcontext():
+            for expert in experts:
+                device.load(layer, expert, core.place(layer, expert))
+
+    def _opened(self) -> tuple[_core.moe.Runtime, Device]:
+        if self._core is None or self.device is None:
+            raise ValueError("runtime: got one that is closed, expected an open one")
+        return self._core, self.device
+
+    def _run(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, scores: Tensor | None
+    ) -> Tensor:
+        with self._lock:
+            core, device = self._opened()
+            try:
+                return self._step(core, device, layer, x, ids, weights, scores)
+            except BaseException:
+                # Whatever was queued may still run and nobody knows what a slot holds.
+                device.abort()
+                for each in range(len(self._experts)):
+                    core.clear(each)
+                raise
+
+    def _step(
+        self,
+        core: _core.moe.Runtime,
+        device: Device,
+        layer: int,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        scores: Tensor | None,
+    ) -> Tensor:
+        given = x.detach().float().contiguous()
+        rows = given.cpu()
+        chosen = ids.detach().cpu().numpy()
+        counts = weights.detach().cpu().numpy()
+        likely = None if scores is None else scores.detach().float().cpu().numpy()
+        begun = time.perf_counter()
+        device.begin()
+        if self._prefetch:
+            for load in core.needless(layer, chosen, begun):
+                if device.cancel(layer, load[2]):
+                    core.cancelled(*load)
+        work: list[Work] = []
+        for is_load, expert, slot, tokens in core.plan(layer, chosen, counts, likely, begun):
+            if not is_load:
+                work.append(Work(expert, slot, tokens))
+                continue
+            if work and any(one.slot == slot for one in work):
+                device.compute(layer, given, work)
+                work = []
+            device.load(layer, expert, slot)
+        if work:
+            device.compute(layer, given, work)
+        for load in core.look_ahead(self._guesses(layer, given, ids.shape[1])):
+            device.load(*load)
+        if core.on_cpu:
+            core.compute(
+                self._layouts[layer],
+                self._experts[layer].data,
+                rows.numpy(),
+                self._computes[layer],
+                self._paced,
+            )
+        found = device.collect() if core.on_device else None
+        out = torch.empty(rows.shape)
+        core.combine(None if found is None else found.numpy(), out.numpy())
+        core.finish()
+        if self._recording is not None:
+            self._recording.add(core, layer, begun, time.perf_counter())
+        return out.to(x.device, x.dtype)
+
+    def _guesses(
+        self, layer: int, x: Tensor, top_k: int
+    ) -> list[tuple[int, int, NDArray[np.int64]]]:
+        """What the routers of the next layers would choose for these tokens."""
+        guesses = []
+        for distance in range(1, self._prefetch + 1):
+            router = self._routers.get(layer + distance)
+            if router is not None:
+                with torch.no_grad():
+                    chosen = router(x).topk(top_k).indices
+                guesses.append((layer + distance, distance, chosen.cpu().numpy()))
+        return guesses
+
+
+@dataclass
+class LayerTime:
+    """A layer of a step: what the plan said, and what came of it."""
+
+    layer: int
+    begun: float
+    """By `time.perf_counter`."""
+    predicted: float
+    """Seconds, the factor of an emulated device included."""
+    took: float
+    hits: int
+    """Experts that were on the device."""
+    active: int
+
+
+class Recording:
+    """What was done and what was planned, on one clock."""
+
+    def __init__(self, device: Device | None, layers: tuple[str, ...]) -> None:
+        self.steps: list[LayerTime] = []
+        self.real: list[Interval] = []
+        self.planned: list[Interval] = []
+        self._device = device
+        self._layers = layers
+
+    def add(self, core: _core.moe.Runtime, layer: int, begun: float, ended: float) -> None:
+        assert self._device is not None
+        self.steps.append(
+            LayerTime(layer, begun, core.makespan, ended - begun, core.hits, core.active)
+        )
+        for resource, start, end, expert, kind in core.predicted():
+            span = begun + start, begun + end
+            self.planned.append((resource, *span, f"{layer}.{expert}", kind))
+        for experts, start, end in core.spans() if core.on_cpu else ():
+            label = " ".join(f"{layer}.{expert}" for expert in experts)
+            self.real.append(("cpu", start, end, label, "compute"))
+        self.real += self._device.times()
+
+    def plan(self) -> Plan:
+        """What was done, by recorded time-stamps."""
+        return self._plan(self.real, "recorded")
+
+    def predicted(self) -> Plan:
+        """What the schedules said, each from the real start of its layer on."""
+        return self._plan(self.planned, "planned")
+
+    def _plan(self, found: list[Interval], what: str) -> Plan:
+        name = "no device" if self._device is None else self._device.name
+        begun = min([step.begun for step in self.steps], default=0.0)
+        shown = [
+            (resource, max(0.0, start - begun), max(0.0, end - begun), label, kind)
+            for resource, start, end, label, kind in found
+        ]
+        title = f"{what}: {name}"
+        return Plan(
+            ("gpu", "pcie", "cpu"), tuple(PlanInterval(*one) for one in sorted(shown)), title=title
+        )
+
+
+class _Place(NamedTuple):
+    """Where a module stands."""
+
+    runtime: Runtime
+    layer: int
+
+
+class HybridMoE(nn.Module):
+    """The experts of one layer, without parameters; `Runtime.layer` gives those of a runtime.
+
+    Args:
+        experts: computed on the CPU alone, unless a runtime made the module.
+    """
+
+    def __init__(self, experts: Experts, place: _Place | None = None) -> None:
+        super().__init__()
+        given: Any = experts
+        if not isinstance(given, Experts):
+            raise TypeError(f"experts: got {type(given).__name__}, expected Experts")
+        self.experts = experts
+        self.place = place
+        self._here = place is None or place.runtime.device is None
+        self._call = bind_experts(experts)
+        self._file = _mapping(experts)
+
+    def forward(
+        self, x: Tensor, ids: Tensor, weights: Tensor, scores: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            x: [t, m] fp32 or bf16.
+            ids: [t, c] int64, the experts of a token, none twice; -1 is none.
+            weights: [t, c] fp32, what each counts, finite.
+            scores: [t, e] the router's softmax, for caches that go by it.
+
+        Returns:
+            [t, m] in the dtype and on the device of x.
+
+        Raises:
+            ValueError, TypeError: as `Experts`; scores that are missing or none; a runtime that is
+                closed.
+            RuntimeError: a worker or the device failed. The runtime may be used again.
+        """
+        if self._file is not None and self._file.size() < len(self._file):
+            # Reading what is no longer there would end the process.
+            raise ValueError(
+                f"experts: the file of the experts has {self._file.size()} bytes left, expected "
+                f"{len(self._file)}, as when it was mapped"
+            )
+        if self._here:
+            try:
+                return self._call(x, ids, weights)
+            except Exception:
+                check_call(x, ids, weights, self.experts.shape.hidden)
+                raise
+        check_call(x, ids, weights, self.experts.shape.hidden)
+        assert self.place is not None
+        return self.place.runtime._run(self.place.layer, x, ids, weights, scores)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What computes is made again where the experts are.
+        made = ("_call", "_file")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._call = bind_experts(self.experts)
+        self._file = _mapping(self.experts)
+
+
+def _mapping(experts: Experts) -> mmap.mmap | None:
+    """The mapped file that the weights lie in."""
+    at: Any = experts.data
+    while at is not None and not isinstance(at, mmap.mmap):
+        at = at.obj if isinstance(at, memoryview) else getattr(at, "base", None)
+    # Memory that is no file has no size of its own.
+    with contextlib.suppress(OSError, ValueError):
+        return at if at is not None and at.size() == len(at) else None
+    return None
+
+
+def check_call(x: Any, ids: Any, weights: Any, hidden: int) -> None:
+    """Types and ranks of a call; the core sees to the rest."""
+    for name, value, dtypes in (
+        ("x", x, (torch.float32, torch.bfloat16)),
+        ("ids", ids, (torch.int64,)),
+        ("weights", weights, (torch.float32,)),
+    ):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+        if value.dtype not in dtypes:
+            expected = " or ".join(map(str, dtypes))
+            raise TypeError(f"{name}.dtype: got {value.dtype}, expected {expected}")
+        if value.ndim != 2:
+            raise ValueError(f"{name}.ndim: got {value.ndim}, expected 2")
+    if x.shape[1] != hidden:
+        raise ValueError(f"x.shape[1]: got {x.shape[1]}, expected {hidden}")
+    if len(ids) != len(x):
+        raise ValueError(f"ids.shape[0]: got {len(ids)}, expected {len(x)}")
+
+
+def _check_layers(layers: Any, reproducible: bool) -> None:
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers: got {type(layers).__name__}, expected a mapping of Experts")
+    if not layers:
+        raise ValueError("layers: got none, expected one at least")
+    for name, experts in layers.items():
+        if not isinstance(experts, Experts):
+            got = type(experts).__name__
+            raise TypeError(f"layers[{name!r}]: got {got}, expected Experts")
+        if reproducible and experts.shape.format == "bf16":
+            raise ValueError(
+                f"layers[{name!r}]: got 'bf16', expected int8 or int4 with reproducible"
+            )
+
+
+def _slots(slots: int | Sequence[int] | None, layers: Sequence[Experts]) -> list[int]:
+    if slots is None:
+        return [max(1, of.shape.count // 4) for of in layers]
+    given = [slots] * len(layers) if isinstance(slots, int) else list(slots)
+    if len(given) != len(layers):
+        raise ValueError(f"slots: got {len(given)} numbers, expected {len(layers)}, one a layer")
+    wanted = [whole(f"slots[{i}]", one) for i, one in enumerate(given)]
+    return [min(one, of.shape.count) for one, of in zip(wanted, layers, strict=True)]
+
+
+def _planner(
+    costs: CostModel,
+    device: Device,
+    layers: Sequence[Experts],
+    slots: Sequence[int],
+    policy: Policy,
+    cache: CachePolicy,
+) -> _core.moe.Runtime:
+    factor = device.factor if isinstance(device, EmulatedDevice) else 1.0
+    assert factor is not None
+
+    def curve(of: Curve, scale: float) -> tuple[list[float], list[float]]:
+        return [float(t) for t in of.tokens], [scale * s for s in of.seconds]
+
+    return _core.moe.Runtime(
+        [(of.shape.count, count) for of, count in zip(layers, slots, strict=True)],
+        STAGING,
+        curve(costs.cpu, factor * costs.scale),
+        curve(costs.gpu, factor),
+        factor * costs.scale * costs.cpu_first,
+        factor * costs.transfer,
+        policy,
+        cache,
+    )
