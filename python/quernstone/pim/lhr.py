@@ -147,7 +147,7 @@ def symmetric_scales(
     if granularity == "group":
         missing = -rows.shape[1] % group
         rows = torch.nn.functional.pad(rows, (0, missing)).reshape(rows.shape[0], -1, group)
-    widest = rows.amax(-1) / (2 ** (bits - 1) - 1)
+    widest: Tensor = rows.amax(-1) / (2 ** (bits - 1) - 1)
     return widest.reshape(len(rows), -1).clamp(min=SMALLEST_SCALE)
 
 
