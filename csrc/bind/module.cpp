@@ -92,6 +92,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind::register_pim(pim);
     bind::register_pim_chip(pim);
     bind::register_pim_grid(pim);
+    bind::register_pim_lhr(pim);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");
