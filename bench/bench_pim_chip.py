@@ -136,7 +136,7 @@ def bench_chip(case: ChipCase, measure: Measure) -> None:
         measure.panel(
             "Drops of its grid",
             figures.drop_maps(found),
-            "The mesh is scaled so that the worst drop is that of sign-off when every cell toggles.",
+            "The mesh is scaled: its worst drop is that of sign-off when every cell toggles.",
         )
         measure.panel(
             "Groups follow their supply",

@@ -190,7 +190,8 @@ def _layers(name: str, vectors: int = 128) -> tuple[Any, ...]:
     }
     codes = {at: np.asarray(stored, np.int8) for at, stored in weights.items()}
     inputs = network.inputs("held-out")[0]
-    return network_work(graph, inputs, codes, vectors=vectors).layers
+    # The operands of attention are known when it runs: they have no HR.
+    return network_work(graph, inputs, codes, vectors=vectors, attention=False).layers
 
 
 @functools.lru_cache(maxsize=1)

@@ -31,4 +31,7 @@ void register_pim_chip(pybind11::module_& pim);
 void register_pim(pybind11::module_& pim);
 void register_pim_grid(pybind11::module_& pim);
 
+// Functions of _core.pim.
+void register_pim_lhr(pybind11::module_& pim);
+
 }  // namespace quernstone::bind

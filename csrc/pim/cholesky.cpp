@@ -18,17 +18,17 @@ namespace {
 std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 const CholeskyKernels& kernels() {
-    switch (active_isa()) {
 #if defined(QS_HAVE_X86)
-        case Isa::kAvx512:
-        case Isa::kAvx512Bf16Vnni:
-            return kCholeskyAvx512;
+    switch (active_isa()) {
+        case Isa::kBaseline:
+            break;
         case Isa::kAvx2:
             return kCholeskyAvx2;
-#endif
         default:
-            return kCholeskyScalar;
+            return kCholeskyAvx512;
     }
+#endif
+    return kCholeskyScalar;
 }
 
 // Whether a supernode is worth joining to the last of its children: fewer and larger panels for

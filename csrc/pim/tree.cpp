@@ -17,19 +17,17 @@ namespace {
 std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 const TreeKernels& kernels() {
-    switch (active_isa()) {
 #if defined(QS_HAVE_X86)
+    switch (active_isa()) {
         case Isa::kBaseline:
-            return kTreeScalar;
+            break;
         case Isa::kAvx2:
             return kTreeAvx2;
         default:
             return kTreeAvx512;
-#else
-        default:
-            return kTreeScalar;
-#endif
     }
+#endif
+    return kTreeScalar;
 }
 
 Status check(const TreeArgs& args) {

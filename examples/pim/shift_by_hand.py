@@ -11,7 +11,8 @@ inputs = random.integers(-128, 128, (4, 512))
 
 shift = 16
 stored = np.clip(weights + shift, -128, 127)
-print(f"Hamming rate {hamming_rate(weights, 8):.3f}, stored with a shift {hamming_rate(stored, 8):.3f}")
+plain, moved = hamming_rate(weights, 8), hamming_rate(stored, 8)
+print(f"Hamming rate {plain:.3f}, stored with a shift {moved:.3f}")
 
 macro = Macro(rows=512, banks=64)
 compensated = mvm(stored, inputs, macro) - shift * inputs.sum(1, keepdims=True)

@@ -222,7 +222,6 @@ class moe:
         @property
         def late(self) -> int: ...
 
-
 class pim:
     @staticmethod
     def boost(
@@ -368,3 +367,29 @@ class pim:
         msb_first: bool,
         out: NDArray[np.int64],
     ) -> None: ...
+    @staticmethod
+    def lhr_mean(
+        weight: NDArray[np.float32], scales: NDArray[np.float32], group: int, bits: int, shift: int
+    ) -> float: ...
+    @staticmethod
+    def lhr_gradient(
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        group: int,
+        bits: int,
+        shift: int,
+        factor: float,
+        accumulate: bool,
+        grad: NDArray[np.float32],
+    ) -> None: ...
+    @staticmethod
+    def lhr_squared(
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        group: int,
+        bits: int,
+        shift: int,
+        factor: float,
+        accumulate: bool,
+        grad: NDArray[np.float32],
+    ) -> float: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from quernstone.importers import Graph
     from quernstone.pim.analysis import Report
+    from quernstone.pim.chip import Mode
     from quernstone.pim.sensitivity import Change
 
 _Network = Annotated[
@@ -82,7 +83,7 @@ def map_(
 
         _check_json(out)
         graph, batches = _network(network, inputs)
-        rounds = map_network(graph, batches[-1], chip, mode=mode, moves=moves, seed=seed)
+        rounds = map_network(graph, batches[-1], chip, mode=_mode(mode), moves=moves, seed=seed)
         table = _table("round", "tasks", "in order", "mapped", "saved")
         for index, one in enumerate(rounds):
             table.add_row(
@@ -97,6 +98,16 @@ def map_(
     from quernstone.cli_moe import _guarded
 
     _guarded(run)
+
+
+def _mode(name: str) -> Mode:
+    from quernstone.pim.chip import Mode
+
+    for mode in get_args(Mode):
+        if name == mode:
+            found: Mode = mode
+            return found
+    raise ValueError(f"--mode: got {name!r}, expected one of {', '.join(get_args(Mode))}")
 
 
 def _check_json(out: Path | None) -> None:

@@ -257,6 +257,12 @@ def test_arguments_out_of_range_are_refused_by_name() -> None:
         CudaDevice("cpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
+def test_a_machine_without_a_device_says_so() -> None:
+    with pytest.raises(ValueError, match="device: got cuda, expected one that torch sees"):
+        CudaDevice()
+
+
 def test_the_first_tile_is_gate_and_up() -> None:
     for shape in (SHAPE, replace(SHAPE, format="bf16", group=0), replace(SHAPE, group=64)):
         across = replace(shape, hidden=shape.intermediate, intermediate=shape.hidden)

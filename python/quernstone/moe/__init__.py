@@ -10,6 +10,7 @@ of it.
 from quernstone.moe import reference, reference_schedule
 from quernstone.moe.checkpoint import load_packed, pack_checkpoint
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
+from quernstone.moe.cuda_device import CudaDevice
 from quernstone.moe.devices import Device, EmulatedDevice, Work
 from quernstone.moe.experts import Experts, ExpertsShape, route
 from quernstone.moe.file import ExpertsWriter, Memory, load_experts, save_experts
@@ -43,6 +44,7 @@ __all__ = [
     "Acceleration",
     "AdaptiveGating",
     "CostModel",
+    "CudaDevice",
     "Curve",
     "Device",
     "EmulatedDevice",

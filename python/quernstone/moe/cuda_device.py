@@ -364,7 +364,7 @@ class CudaDevice:
         self._spans.append(_Span("pcie", label, begun, slot.arrived[-1]))
 
     def _bring(self, x: Tensor) -> dict[torch.dtype, Tensor]:
-        """x on the device, in both dtypes that kernels take, once a step."""
+        """x on the device by dtype, brought once a step."""
         for of, brought in self._x:
             if of is x:
                 return brought
@@ -377,7 +377,6 @@ class CudaDevice:
 
         def bring() -> None:
             there[torch.float32] = here.to(self._backend.device, torch.float32, non_blocking=True)
-            there[torch.bfloat16] = there[torch.float32].bfloat16()
 
         self._compute.run(bring)
         return there
@@ -403,7 +402,10 @@ class CudaDevice:
 
         def first_half() -> None:
             make: Callable[..., Any] = self._backend.few if few else self._backend.grouped
-            x = there[torch.float32 if few else torch.bfloat16]
+            dtype = torch.float32 if few else torch.bfloat16
+            if dtype not in there:
+                there[dtype] = there[torch.float32].to(dtype)
+            x = there[dtype]
             calls.append(make(shape, self._memory, offsets, counts, tokens, x))
             calls[0].gate_up()
 

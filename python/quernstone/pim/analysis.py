@@ -77,6 +77,7 @@ def variants(
     *,
     snr: float = 30.0,
     shifts: Sequence[int] | None = None,
+    clipped: float = 0.005,
 ) -> dict[str, dict[str, Codes]]:
     """A network's integers: nearest, of few ones, shifted, and both at once.
 
@@ -85,14 +86,16 @@ def variants(
         batches: calibration inputs by name.
         snr: dB, of a layer's output, the mean over the layers, see `compress`.
         shifts: that a layer may have; None: those of `compress`.
+        clipped: share of the weights that "wds" may cut, as the paper's does; rounding knows the
+            shift, so "lhr+wds" cuts none.
 
     Returns:
-        By `VARIANTS`, the integers by the names of the constants. "wds" cuts no weight.
+        By `VARIANTS`, the integers by the names of the constants.
     """
     calibration = calibrate(graph, batches)
     both = Candidates(graph, calibration, shifts=shifts).choose(snr)
     rounded = Candidates(graph, calibration, shifts=(0,)).choose(snr)
-    moved = wds.search_shifts(list(both.nearest.values()))
+    moved = wds.search_shifts(list(both.nearest.values()), clipped=clipped)
     return {
         "int8": dict(both.nearest),
         "lhr": dict(rounded.codes),

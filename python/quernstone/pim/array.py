@@ -152,7 +152,8 @@ class Array:
         padded = np.zeros((banks * self.macro.banks, self.inputs), np.int32)
         padded[: self.outputs] = ones
         tiled = padded.reshape(banks, self.macro.banks, self.inputs)
-        return tiled.sum(axis=1, dtype=np.int32)
+        found: NDArray[np.int32] = tiled.sum(axis=1, dtype=np.int32)
+        return found
 
     @functools.cached_property
     def _ones(self) -> tuple[_core.pim.Layer, NDArray[np.uint8]]:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from quernstone.importers import Graph, Node
 from quernstone.pim import checks
 from quernstone.pim.api import hamming_count
+from quernstone.pim.macro import MAX_BITS
 
 Array = NDArray[Any]
 
@@ -249,7 +250,7 @@ def channel_scale(weight: Weight, array: Array, bits: int) -> NDArray[np.float64
     Source: the scale rule of the quantiser in the authors' code.
     """
     if checks.bits("bits", bits) < 2:
-        raise ValueError(f"bits: got {bits}, expected 2 to {checks.MAX_BITS}")
+        raise ValueError(f"bits: got {bits}, expected 2 to {MAX_BITS}")
     low, high = checks.span(bits, signed=True)
     if not np.isfinite(array).all():
         raise ValueError(f"{weight.name}: got a weight that is not finite, expected finite numbers")

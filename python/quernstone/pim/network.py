@@ -21,6 +21,7 @@ from quernstone.allocate import allocate
 from quernstone.importers import Graph, Node, evaluate
 from quernstone.pim import checks, wds
 from quernstone.pim.layers import Codes, Weight, nearest_codes, rows_of, weights_of
+from quernstone.pim.macro import MAX_BITS
 from quernstone.pim.rounding import ordered_factor, round_ordered
 
 Inputs = Mapping[str, Tensor]
@@ -233,7 +234,7 @@ class Candidates:
         rows: int = _ROWS,
     ) -> None:
         if checks.bits("bits", bits) < 2:
-            raise ValueError(f"bits: got {bits}, expected 2 to {checks.MAX_BITS}")
+            raise ValueError(f"bits: got {bits}, expected 2 to {MAX_BITS}")
         if shifts is None:
             shifts = sorted({int(shift * 2.0 ** (bits - 8)) for shift in SHIFTS})
         low, high = checks.span(bits, signed=True)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quernstone.pim import checks
+from quernstone.pim.macro import MAX_BITS
 from quernstone.quant import Rounding
 from quernstone.quant.rounding import inverse_factor, round_columns
 
@@ -149,7 +150,7 @@ def _in_order(hessian: Tensor) -> Tensor:
 
 def _check(weight: Tensor, hessian: Tensor, scale: Tensor, shift: int, bits: int) -> None:
     if checks.bits("bits", bits) < 2:
-        raise ValueError(f"bits: got {bits}, expected 2 to {checks.MAX_BITS}")
+        raise ValueError(f"bits: got {bits}, expected 2 to {MAX_BITS}")
     low, high = checks.span(bits, signed=True)
     if not low <= shift <= high:
         raise ValueError(f"shift: got {shift}, expected {low} to {high} ({bits} bits)")

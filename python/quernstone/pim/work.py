@@ -166,10 +166,10 @@ def _products(node: Node, weight: NDArray[Any], given: Sequence[Tensor | None], 
     x = given[0]
     assert x is not None
     if node.op == "conv_transpose":
-        return weight[0].size * x.numel()
+        return int(weight[0].size) * x.numel()
     if node.op == "lstm":
-        return weight.size * x.numel() // x.shape[-1]
-    return weight[0].size * out.numel()
+        return int(weight.size) * x.numel() // x.shape[-1]
+    return int(weight[0].size) * out.numel()
 
 
 def _middle(x: Tensor, vectors: int) -> Tensor:

@@ -331,7 +331,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             "hessian: got a matrix that is not positive definite after damping, expected one "
             "that is; more calibration data or a larger damping"
         )
-    return upper.contiguous()
+    found: Tensor = upper.contiguous()
+    return found
 
 
 # What later blocks owe to one of these is one product.
