@@ -222,7 +222,6 @@ class moe:
         @property
         def late(self) -> int: ...
 
-
 class pim:
     @staticmethod
     def boost(
