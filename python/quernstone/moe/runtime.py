@@ -472,7 +472,8 @@ def _check_layers(layers: Any, reproducible: bool) -> None:
             raise TypeError(f"layers[{name!r}]: got {got}, expected Experts")
         if reproducible and experts.compute != "int8":
             raise ValueError(
-                f"layers[{name!r}].compute: got {experts.compute!r}, expected 'int8' with reproducible"
+                f"layers[{name!r}].compute: got {experts.compute!r}, expected 'int8' with "
+                "reproducible"
             )
 
 
