@@ -155,6 +155,7 @@ bool Progress::wait(std::uint64_t least, bool spin, Clock::duration most,
                     return true;
                 }
             }
+            std::this_thread::yield();  // whoever it waits for may need this core
         } while (Clock::now() < end);
     }
     std::unique_lock lock(mutex_);

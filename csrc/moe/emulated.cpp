@@ -79,12 +79,14 @@ void EmulatedDevice::close() noexcept {
     memory_.reset();
 }
 
+// The bus is woken when there is something to load.
 void EmulatedDevice::begin_step() noexcept {
-    bus_.begin_step();
+    in_step_ = true;
     gpu_.begin_step();
 }
 
 void EmulatedDevice::end_step() noexcept {
+    in_step_ = false;
     bus_.end_step();
     gpu_.end_step();
 }
@@ -115,6 +117,9 @@ Status EmulatedDevice::load(std::int64_t layer, std::int64_t expert, std::int64_
     state(ticket).store(kQueued);
     const LoadJob job{to, layer, expert, ticket, to->computed, seconds_of(Clock::now()), seconds};
     to->loaded = ticket;
+    if (in_step_) {
+        bus_.begin_step();
+    }
     bus_.post(Task([this, job] { return perform(job); }));
     return {};
 }

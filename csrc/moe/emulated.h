@@ -107,6 +107,7 @@ class EmulatedDevice {
     std::unique_ptr<States> states_;
     gemm::Compute compute_ = gemm::Compute::kInt8;
 
+    bool in_step_ = false;
     std::deque<ComputeJob> jobs_;  // of a step; each stays where it is until `collect`
     std::vector<float> rows_;
     std::int64_t row_count_ = 0, hidden_ = 0;

@@ -229,7 +229,7 @@ def test_layers_that_are_none_are_refused(layers: dict[str, Experts]) -> None:
         Runtime({})
     with pytest.raises(TypeError, match=r"layers\['a'\]: got int, expected Experts"):
         Runtime({"a": 3})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="got 'bf16', expected int8 or int4 with reproducible"):
+    with pytest.raises(ValueError, match="got 'float', expected 'int8' with reproducible"):
         Runtime(make_layers("bf16"), reproducible=True)
     with Runtime(layers) as runtime, pytest.raises(ValueError, match="name: got 'fourth'"):
         runtime.layer("fourth")

@@ -261,7 +261,8 @@ def measured_factor(layers: Sequence[Experts], costs: CostModel, most_tokens: in
     shortest = min(costs.gpu([1])[0], costs.cpu_seconds([1])[0], costs.transfer)
     ratio = _SHORTEST / shortest
     for experts in {of.shape: of for of in layers}.values():
-        one = Experts(replace(experts.shape, count=1), experts.data[: experts.shape.expert_bytes])
+        data = experts.data[: experts.shape.expert_bytes]
+        one = Experts(replace(experts.shape, count=1), data, experts.compute)
         moved = _seconds(one.data.copy)
         ratio = max(ratio, _MARGIN * moved / costs.transfer)
         for load in loads:

@@ -102,7 +102,9 @@ class Runtime:
         if isinstance(device, EmulatedDevice) and costs is not None:
             raise ValueError("costs: got some beside an emulated device, which has its own")
         if len(set(self._computes)) > 1:
-            raise ValueError("layers: got bf16 beside int4 or int8, expected one of them")
+            raise ValueError(
+                "layers: got some that compute as float and some as int8, expected one"
+            )
         try:
             device.open(self._experts, self._slots, STAGING, reproducible=reproducible)
             used = costs or device.costs(self._experts[0].shape)
@@ -468,9 +470,10 @@ def _check_layers(layers: Any, reproducible: bool) -> None:
         if not isinstance(experts, Experts):
             got = type(experts).__name__
             raise TypeError(f"layers[{name!r}]: got {got}, expected Experts")
-        if reproducible and experts.shape.format == "bf16":
+        if reproducible and experts.compute != "int8":
             raise ValueError(
-                f"layers[{name!r}]: got 'bf16', expected int8 or int4 with reproducible"
+                f"layers[{name!r}].compute: got {experts.compute!r}, expected 'int8' with "
+                "reproducible"
             )
 
 
