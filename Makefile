@@ -18,7 +18,9 @@ VERTICALS ?= all
 BIN := .venv/bin
 CMAKE := PATH=$(CURDIR)/$(BIN):$$PATH cmake
 PICK := $(filter-out all,$(VERTICALS))
-TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(PICK),attention moe pim)))
+# The reader of netlists belongs to what uses it.
+KEPT := $(PICK) $(if $(filter pim,$(PICK)),spice)
+TESTS := tests $(if $(PICK),$(patsubst %,--ignore=tests/%,$(filter-out $(KEPT),attention moe pim spice)))
 find = $(shell find $(1) -type f -not -path '*/__pycache__/*' -not -path 'bench/results/*')
 SOURCES := $(call find,csrc kernels python bench) CMakeLists.txt pyproject.toml
 CXX_FILES := $(filter %.h %.inl %.cpp %.cu,$(call find,csrc kernels tests))
@@ -64,6 +66,7 @@ gpu:
 
 gpu-check: .venv/built
 	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time
+	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time_moe
 
 wheel: .venv/packages
 	rm -rf dist

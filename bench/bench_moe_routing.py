@@ -98,6 +98,7 @@ class Gated(NamedTuple):
     active: float
     rise: float
     """Relative, of the loss on text that neither calibration nor search has seen."""
+    gating: AdaptiveGating
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,12 @@ def gated(model: TinyLm, labels: Tensor, seed: int) -> Gated:
     with gating.on(model):
         after = nats(model, evaluation)
     use = gating.use()
-    return Gated(use.single, use.active, after / nats(model, evaluation) - 1)
+    return Gated(use.single, use.active, after / nats(model, evaluation) - 1, gating)
+
+
+def gated_by(model: TinyLm, seed: int) -> Gated:
+    """`gated` on the held-out text."""
+    return gated(model, _held_out(), seed)
 
 
 def router_weights(model: nn.Module, labels: Tensor) -> list[Tensor]:

@@ -21,6 +21,8 @@ GIB = 1 << 30
 HUGE_PAGE = 2 << 20
 PAGES = ("4k", "2M")
 PREFETCH = (0, 256, 512, 1024, 2048)
+# A copy is also tried with what reaches the next page.
+COPY_PREFETCH = (*PREFETCH, 4096, 8192)
 STREAMS = (1, 4)
 
 
@@ -107,6 +109,19 @@ def reading() -> Iterator[Limit]:
         )
 
 
+@contextlib.contextmanager
+def copying() -> Iterator[Limit]:
+    """A non-temporal copy, read and written bytes together, at the best of the settings."""
+    best = copy_bandwidth(quick=True)
+    with buffer(best.size, best.page) as to, buffer(best.size, best.page) as source:
+        yield Limit(
+            "DRAM copy",
+            lambda: _core.bench_copy_nt(to, source, best.size, best.prefetch),
+            2 * best.size,
+            "GB/s",
+        )
+
+
 def copy_bandwidth(quick: bool) -> Bandwidth:
     return _sweep(
         quick, buffers=2, run=lambda at, size, far: _core.bench_copy_nt(at[0], at[1], size, far)
@@ -120,7 +135,8 @@ def _sweep(quick: bool, buffers: int, run: Callable[[list[int], int, int], float
     for page in PAGES:
         with contextlib.ExitStack() as stack:
             at = [stack.enter_context(buffer(size, page)) for _ in range(buffers)]
-            for far in PREFETCH[::2] if quick else PREFETCH:
+            distances = PREFETCH if buffers == 1 else COPY_PREFETCH
+            for far in distances[::2] if quick else distances:
                 rates = [buffers * size / run(at, size, far) for _ in range(rounds)]
                 rate = Spread.of(rates)
                 if best is None or rate.median > best.rate.median:

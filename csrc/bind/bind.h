@@ -19,6 +19,7 @@ void register_gemm(pybind11::module_& core);
 // Functions of _core.moe.
 void register_moe_experts(pybind11::module_& moe);
 void register_moe_cache(pybind11::module_& moe);
+void register_moe_decoder(pybind11::module_& moe);
 void register_moe_schedule(pybind11::module_& moe);
 void register_moe_runtime(pybind11::module_& moe);
 
@@ -26,6 +27,11 @@ void register_moe_runtime(pybind11::module_& moe);
 void register_moe_operator();
 
 // Functions of _core.pim.
+void register_pim_chip(pybind11::module_& pim);
 void register_pim(pybind11::module_& pim);
+void register_pim_grid(pybind11::module_& pim);
+
+// Functions of _core.pim.
+void register_pim_lhr(pybind11::module_& pim);
 
 }  // namespace quernstone::bind

@@ -180,6 +180,15 @@ void register_pim(py::module_& m) {
           py::arg("out").noconvert(), "Which row lines change in each cycle.");
     m.def("count_ones", &count_ones, py::arg("run").noconvert(), py::arg("bits"),
           py::arg("is_signed"), "Ones of integers, and whether all are of so many bits.");
+    m.def(
+        "bench_loads",
+        [](std::uintptr_t address, std::int64_t bytes, std::int64_t repeats) {
+            pim::load_repeatedly(reinterpret_cast<const std::byte*>(address), bytes, repeats,
+                                 num_threads());
+        },
+        py::arg("address"), py::arg("bytes"), py::arg("repeats"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Loads 64 bytes at a time, on every thread; a multiple of 512.");
     m.def("formulations", &formulations, "Those that this processor and level have.");
 }
 

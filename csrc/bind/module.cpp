@@ -84,10 +84,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     auto moe = m.def_submodule("moe", "Mixture-of-experts inference on a CPU beside a GPU.");
     bind::register_moe_experts(moe);
     bind::register_moe_cache(moe);
+    bind::register_moe_decoder(moe);
     bind::register_moe_schedule(moe);
     bind::register_moe_runtime(moe);
-    auto pim = m.def_submodule("pim", "Bit-serial macros: ones, toggles and products.");
+    auto pim =
+        m.def_submodule("pim", "Bit-serial macros: ones, toggles, products, and their chip.");
     bind::register_pim(pim);
+    bind::register_pim_chip(pim);
+    bind::register_pim_grid(pim);
+    bind::register_pim_lhr(pim);
     m.def("isas", &bind::isas, "The levels that this processor and build have, lowest first.");
     m.def("set_isa", &bind::select_isa, py::arg("name"),
           "Changes the level. Raises ValueError where it is unknown or not available.");

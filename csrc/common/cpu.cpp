@@ -11,10 +11,6 @@
 #include <unistd.h>
 #endif
 #endif
-#if defined(QS_HAVE_X86) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace quernstone {
 namespace {
@@ -87,34 +83,7 @@ std::atomic<Isa>& active() noexcept {
     return value;
 }
 
-#if defined(QS_EMULATE_AVX512)
-bool probe_amx_int8() noexcept { return true; }
-#elif defined(QS_HAVE_X86) && defined(__linux__)
-bool probe_amx_int8() noexcept {
-    unsigned a = 0;
-    unsigned b = 0;
-    unsigned c = 0;
-    unsigned d = 0;
-    constexpr int kTile = 24;
-    constexpr int kInt8 = 25;
-    if (probe() != Isa::kAvx512Bf16Vnni || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 ||
-        !bit(d, kTile) || !bit(d, kInt8)) {
-        return false;
-    }
-    constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-    constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#else
-bool probe_amx_int8() noexcept { return false; }
-#endif
-
 }  // namespace
-
-bool amx_int8() noexcept {
-    static const bool found = probe_amx_int8();
-    return found;
-}
 
 std::string_view isa_name(Isa isa) noexcept { return kNames[static_cast<std::size_t>(isa)]; }
 

@@ -24,8 +24,4 @@ inline constexpr int kIsaCount = 5;
 // False, and nothing changed, where `name` is unknown or not available.
 [[nodiscard]] bool set_isa(std::string_view name) noexcept;
 
-// Whether AMX tiles of bytes may be used: the processor has them and the operating system, asked
-// once, lets this process save their state. Beside the levels: no level implies it.
-[[nodiscard]] bool amx_int8() noexcept;
-
 }  // namespace quernstone

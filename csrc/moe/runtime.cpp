@@ -386,6 +386,7 @@ std::int64_t Planner::place(std::int64_t layer, std::int64_t expert) {
     if (slot == kNowhere && !take(state, expert, slot)) {
         return kNowhere;
     }
+    state.cache->release();
     return slot;
 }
 

@@ -356,3 +356,27 @@ void shift_add(const std::int32_t* partial, int shift, bool negative, std::int64
         y[n] += (value ^ sign) - sign;
     }
 }
+
+// Eight sums hide the latency of the addition; `used` keeps them.
+void loads(const std::byte* at, std::int64_t bytes, std::int64_t repeats) {
+    Bytes a = zero64(), b = a, c = a, d = a, e = a, f = a, g = a, h = a;
+    for (std::int64_t n = 0; n < repeats; ++n) {
+        for (std::int64_t i = 0; i < bytes; i += 8 * kBlock) {
+            add8(a, load64(at + i));
+            add8(b, load64(at + i + kBlock));
+            add8(c, load64(at + i + 2 * kBlock));
+            add8(d, load64(at + i + 3 * kBlock));
+            add8(e, load64(at + i + 4 * kBlock));
+            add8(f, load64(at + i + 5 * kBlock));
+            add8(g, load64(at + i + 6 * kBlock));
+            add8(h, load64(at + i + 7 * kBlock));
+        }
+        __asm__ volatile("" ::: "memory");  // the next turn loads again
+    }
+    for (const Bytes* other : {&b, &c, &d, &e, &f, &g, &h}) {
+        add8(a, *other);
+    }
+    std::uint8_t used[kBlock];
+    store64(used, a);
+    __asm__ volatile("" ::"r"(used) : "memory");
+}

@@ -72,6 +72,8 @@ struct Kernels {
     void (*few)(const CountArgs& args);
     void (*ones)(const std::byte* data, std::int64_t bytes, bool wide, int bits, bool is_signed,
                  Ones& out);
+    // Loads `bytes` from `at`, 64 at a time, over and over: what the L1 cache gives at best.
+    void (*loads)(const std::byte* at, std::int64_t bytes, std::int64_t repeats);
     // y[n] += partial[n] << shift, or minus that; n of kBlock
     void (*shift_add)(const std::int32_t* partial, int shift, bool negative, std::int64_t* y);
 };

@@ -22,6 +22,7 @@ const Kernels& active_kernels() noexcept {
             return avx2::kKernels;
         case Isa::kAvx512:
         case Isa::kAvx512Bf16Vnni:
+        case Isa::kAvx512Amx:
             return avx512::kKernels;
     }
 #endif
@@ -35,7 +36,7 @@ using Count = void (*)(const CountArgs&);
 
 Count few_of(const Kernels& kernels) noexcept {
 #if defined(QS_HAVE_X86)
-    if (active_isa() == Isa::kAvx512Bf16Vnni) {
+    if (active_isa() >= Isa::kAvx512Bf16Vnni) {
         return avx512_bf16_vnni::few_columns;
     }
 #endif
@@ -244,9 +245,9 @@ bool available(Formulation formulation) noexcept {
         case Formulation::kTable:
             return true;
         case Formulation::kDot:
-            return active_isa() == Isa::kAvx512Bf16Vnni;
+            return active_isa() >= Isa::kAvx512Bf16Vnni;
         case Formulation::kTiles:
-            return active_isa() == Isa::kAvx512Bf16Vnni && amx_int8();
+            return active_isa() == Isa::kAvx512Amx;
     }
     return false;
 }
@@ -575,6 +576,13 @@ Status count_ones(const Integers& run, int bits, bool is_signed, int threads, On
     });
     out = {ones.load(), in_range.load()};
     return {};
+}
+
+void load_repeatedly(const std::byte* at, std::int64_t bytes, std::int64_t repeats,
+                     int threads) noexcept {
+    const Kernels& kernels = active_kernels();
+    parallel_for(threads, threads,
+                 [&](std::int64_t /*thread*/) noexcept { kernels.loads(at, bytes, repeats); });
 }
 
 }  // namespace quernstone::pim

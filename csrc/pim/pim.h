@@ -122,4 +122,8 @@ struct Ones {
 [[nodiscard]] Status count_ones(const Integers& run, int bits, bool is_signed, int threads,
                                 Ones& out) noexcept;
 
+// A limit for benchmarks: every thread loads `bytes`, a multiple of 512, from `at`, 64 at a time.
+void load_repeatedly(const std::byte* at, std::int64_t bytes, std::int64_t repeats,
+                     int threads) noexcept;
+
 }  // namespace quernstone::pim

@@ -16,6 +16,6 @@ namespace {
 
 }  // namespace
 
-const Kernels kKernels{extract8, extract16, masks, table, few, ones, shift_add};
+const Kernels kKernels{extract8, extract16, masks, table, few, ones, loads, shift_add};
 
 }  // namespace quernstone::pim::avx2

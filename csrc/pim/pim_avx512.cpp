@@ -24,6 +24,6 @@ inline reg dot(reg sum, reg bytes, reg digits) {
 
 }  // namespace
 
-const Kernels kKernels{extract8, extract16, masks, table, few, ones, shift_add};
+const Kernels kKernels{extract8, extract16, masks, table, few, ones, loads, shift_add};
 
 }  // namespace quernstone::pim::avx512

@@ -102,6 +102,6 @@ inline void eight_sums(reg a, reg b, reg c, reg d, reg e, reg f, reg g, reg h, s
 
 }  // namespace
 
-const Kernels kKernels{extract8, extract16, masks, table, few, ones, shift_add};
+const Kernels kKernels{extract8, extract16, masks, table, few, ones, loads, shift_add};
 
 }  // namespace quernstone::pim::baseline

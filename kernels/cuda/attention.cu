@@ -8,11 +8,10 @@
 #include <limits>
 
 #include "attention_decode.h"
+#include "launch.h"
 
 namespace quernstone::cuda {
 namespace {
-
-constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0 ? 1 : 0); }
 
 bool aligned(const void* data, const std::int64_t (&stride)[3], std::int64_t element) {
     bool all = reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0;
@@ -38,32 +37,11 @@ Plan make_plan(const Args& a) {
     return plan;
 }
 
-template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), std::int64_t blocks, dim3 threads,
-                   std::size_t shared, cudaStream_t stream, const Parameters&... arguments) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = threads;
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 template <class T, int W>
 cudaError_t launch_partial(const Args& a, const Plan& plan, cudaStream_t stream) {
-    constexpr std::size_t kWithoutAsking = 48 * 1024;
-    const std::size_t shared = Tiles<T, W>::bytes(plan.warps);
-    if (shared > kWithoutAsking) {
-        const cudaError_t error = cudaFuncSetAttribute(decode_partial_kernel<T, W>,
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(shared));
-        if (error != cudaSuccess) {
-            return error;
-        }
-    }
     const dim3 threads(kWarp, static_cast<unsigned>(plan.warps));
     return launch(decode_partial_kernel<T, W>, a.b * a.g * plan.splits * plan.row_blocks, threads,
-                  shared, stream, a, plan);
+                  Tiles<T, W>::bytes(plan.warps), stream, a, plan);
 }
 
 template <class T>
@@ -89,8 +67,6 @@ cudaError_t launch_all(const Args& a, const Plan& plan, cudaStream_t stream) {
 }  // namespace quernstone::cuda
 
 using namespace quernstone::cuda;
-
-#define QS_EXPORT extern "C" __attribute__((visibility("default")))
 
 QS_EXPORT std::int64_t qs_attention_decode_struct_bytes() { return sizeof(QsAttentionDecode); }
 

@@ -149,7 +149,7 @@ def compile_for(build: Build, capability: int) -> Usage:
             "enable_fp_fusion": True,
         },
     )
-    registers, spilled = _resources(compiled.asm["cubin"])
+    registers, spilled = resources(compiled.asm["cubin"])
     return Usage(registers, spilled, compiled.metadata.shared, "wgmma" in compiled.asm["ptx"])
 
 
@@ -232,7 +232,7 @@ def _cuobjdump() -> Path:
     return path
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes that it keeps in memory for want of them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

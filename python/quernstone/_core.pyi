@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -139,69 +141,6 @@ class moe:
     def cancel(
         transfer: _Floats, needed: NDArray[np.bool_], elapsed: float, tiles: int, now: float
     ) -> tuple[NDArray[np.bool_], _Floats, float]: ...
-
-class pim:
-    class Lines:
-        def __init__(
-            self,
-            bits: int,
-            idle: int,
-            msb_first: bool,
-            input_signed: bool,
-            cross_vector: bool,
-            zero_gating: bool,
-        ) -> None: ...
-
-    class Layer:
-        def __init__(
-            self,
-            content: str,
-            outputs: int,
-            inputs: int,
-            rows: int,
-            banks: int,
-            weight_bits: int,
-            weight_signed: bool,
-        ) -> None: ...
-        @property
-        def columns(self) -> int: ...
-        @property
-        def row_tiles(self) -> int: ...
-        @property
-        def bytes(self) -> int: ...
-
-    @staticmethod
-    def program(
-        layer: pim.Layer, weights: NDArray[np.int8] | NDArray[np.int16], out: NDArray[np.uint8]
-    ) -> None: ...
-    @staticmethod
-    def toggles(
-        layer: pim.Layer,
-        data: NDArray[np.uint8],
-        lines: pim.Lines,
-        inputs: NDArray[np.int8] | NDArray[np.int16],
-        formulation: str,
-        out: NDArray[np.int32],
-    ) -> None: ...
-    @staticmethod
-    def mvm(
-        layer: pim.Layer,
-        data: NDArray[np.uint8],
-        lines: pim.Lines,
-        inputs: NDArray[np.int8] | NDArray[np.int16],
-        formulation: str,
-        out: NDArray[np.int64],
-    ) -> None: ...
-    @staticmethod
-    def line_toggles(
-        lines: pim.Lines, inputs: NDArray[np.int8] | NDArray[np.int16], out: NDArray[np.uint8]
-    ) -> None: ...
-    @staticmethod
-    def count_ones(
-        run: NDArray[np.int8] | NDArray[np.int16], bits: int, is_signed: bool
-    ) -> tuple[int, bool]: ...
-    @staticmethod
-    def formulations() -> list[str]: ...
     @staticmethod
     def seconds_of_round_trips(count: int) -> list[float]: ...
 
@@ -282,3 +221,175 @@ class pim:
         def times(self) -> list[tuple[str, float, float, int, int]]: ...
         @property
         def late(self) -> int: ...
+
+class pim:
+    @staticmethod
+    def boost(
+        dynamic: _Floats,
+        leak: _Floats,
+        response: _Floats,
+        group: _Ints,
+        domain: _Ints,
+        safe: _Ints,
+        first: _Ints,
+        volts: _Floats,
+        hertz: _Floats,
+        need: _Floats,
+        adapt: bool,
+        control: tuple[int, int, int, int, int],
+        nominal: tuple[float, float],
+        most_changes: int,
+    ) -> tuple[_Floats, _Floats, _Ints, _Ints, _Ints, _Ints, _Floats, list[Any], int]: ...
+    @staticmethod
+    def map_tasks(
+        level: _Ints,
+        set: _Ints,
+        pinned: _Ints,
+        weight: _Floats,
+        volts: _Floats,
+        hertz: _Floats,
+        groups: int,
+        places: int,
+        objective: str,
+        moves: int,
+        seed: int,
+    ) -> tuple[_Ints, float]: ...
+    @staticmethod
+    def mapping_cost(
+        level: _Ints,
+        set: _Ints,
+        pinned: _Ints,
+        weight: _Floats,
+        volts: _Floats,
+        hertz: _Floats,
+        groups: int,
+        places: int,
+        objective: str,
+        group: _Ints,
+    ) -> float: ...
+    class Lines:
+        def __init__(
+            self,
+            bits: int,
+            idle: int,
+            msb_first: bool,
+            input_signed: bool,
+            cross_vector: bool,
+            zero_gating: bool,
+        ) -> None: ...
+
+    class Layer:
+        def __init__(
+            self,
+            content: str,
+            outputs: int,
+            inputs: int,
+            rows: int,
+            banks: int,
+            weight_bits: int,
+            weight_signed: bool,
+        ) -> None: ...
+        @property
+        def columns(self) -> int: ...
+        @property
+        def row_tiles(self) -> int: ...
+        @property
+        def bytes(self) -> int: ...
+
+    @staticmethod
+    def program(
+        layer: pim.Layer, weights: NDArray[np.int8] | NDArray[np.int16], out: NDArray[np.uint8]
+    ) -> None: ...
+    @staticmethod
+    def toggles(
+        layer: pim.Layer,
+        data: NDArray[np.uint8],
+        lines: pim.Lines,
+        inputs: NDArray[np.int8] | NDArray[np.int16],
+        formulation: str,
+        out: NDArray[np.int32],
+    ) -> None: ...
+    @staticmethod
+    def mvm(
+        layer: pim.Layer,
+        data: NDArray[np.uint8],
+        lines: pim.Lines,
+        inputs: NDArray[np.int8] | NDArray[np.int16],
+        formulation: str,
+        out: NDArray[np.int64],
+    ) -> None: ...
+    @staticmethod
+    def line_toggles(
+        lines: pim.Lines, inputs: NDArray[np.int8] | NDArray[np.int16], out: NDArray[np.uint8]
+    ) -> None: ...
+    @staticmethod
+    def count_ones(
+        run: NDArray[np.int8] | NDArray[np.int16], bits: int, is_signed: bool
+    ) -> tuple[int, bool]: ...
+    @staticmethod
+    def bench_loads(address: int, bytes: int, repeats: int) -> None: ...
+    @staticmethod
+    def formulations() -> list[str]: ...
+
+    class Cholesky:
+        def __init__(
+            self,
+            a: NDArray[np.int32],
+            b: NDArray[np.int32],
+            conductance: _Floats,
+            ground: _Floats,
+            x: _Floats | None,
+            y: _Floats | None,
+        ) -> None: ...
+        def solve(self, currents: _Floats, out: _Floats, threads: int) -> None: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def stored(self) -> int: ...
+        @property
+        def nonzeros(self) -> int: ...
+        @property
+        def operations(self) -> float: ...
+
+    @staticmethod
+    def reach(a: NDArray[np.int32], b: NDArray[np.int32], reached: NDArray[np.uint8]) -> None: ...
+    @staticmethod
+    def tree_stages(rows: int) -> int: ...
+    @staticmethod
+    def tree_toggles(
+        weights: NDArray[np.int32],
+        inputs: NDArray[np.int32],
+        rows: int,
+        banks: int,
+        weight_bits: int,
+        input_bits: int,
+        input_signed: bool,
+        msb_first: bool,
+        out: NDArray[np.int64],
+    ) -> None: ...
+    @staticmethod
+    def lhr_mean(
+        weight: NDArray[np.float32], scales: NDArray[np.float32], group: int, bits: int, shift: int
+    ) -> float: ...
+    @staticmethod
+    def lhr_gradient(
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        group: int,
+        bits: int,
+        shift: int,
+        factor: float,
+        accumulate: bool,
+        grad: NDArray[np.float32],
+    ) -> None: ...
+    @staticmethod
+    def lhr_squared(
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        group: int,
+        bits: int,
+        shift: int,
+        factor: float,
+        accumulate: bool,
+        grad: NDArray[np.float32],
+    ) -> float: ...

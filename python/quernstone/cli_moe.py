@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quernstone.cli_moe_model import register
+
 if TYPE_CHECKING:
     from quernstone.moe import CostModel, ExpertsShape, Trace
 
@@ -276,3 +278,6 @@ def _table(*titles: str) -> Any:
     for at, title in enumerate(titles):
         table.add_column(title, justify="right" if at else "left")
     return table
+
+
+register(app, _guarded)

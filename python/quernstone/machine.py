@@ -34,6 +34,9 @@ def _units() -> dict[str, tuple[tuple[int, ...], Fraction]]:
         "A": ((0, 0, 0, 0, 0, 1), "pnum"),
         "W": ((0, 0, 0, 0, 1, 1), "pnumk"),
         "J": ((1, 0, 0, 0, 1, 1), "pnumk"),
+        "Ohm": ((0, 0, 0, 0, 1, -1), "mk"),
+        "F": ((1, 0, 0, 0, -1, 1), "pnum"),
+        "H": ((1, 0, 0, 0, 1, -1), "pnum"),
     }
     powers = {"p": -12, "n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15}
     units: dict[str, tuple[tuple[int, ...], Fraction]] = {"1": ((0,) * 6, Fraction(1))}
@@ -130,8 +133,9 @@ class Machine:
 
         Args:
             name: of the figure.
-            unit: what to give it in: s, Hz, B, FLOP, OP, V, A, W, J with the usual prefixes
-                ("us", "kB", "MiB"), rates of bytes and operations ("GB/s", "TFLOP/s"), and "1".
+            unit: what to give it in: s, Hz, B, FLOP, OP, V, A, W, J, Ohm, F, H with the usual
+                prefixes ("us", "kB", "MiB"), rates of bytes and operations ("GB/s", "TFLOP/s"), and
+                "1".
 
         Raises:
             ValueError: there is no such figure or unit, or the figure measures something else, or

@@ -9,7 +9,7 @@ from torch import Tensor
 from quernstone.bench import targets
 from quernstone.bench.cases.attention import AttentionCase, Inputs
 from quernstone.bench.gpu import __main__ as command
-from quernstone.bench.gpu import attention
+from quernstone.bench.gpu import attention, moe
 from quernstone.bench.gpu.rivals import GpuRival, flash_attention_4, sdpa
 from quernstone.bench.harness import Absent
 from quernstone.bench.rows import Row
@@ -89,7 +89,8 @@ def test_an_absent_package_is_named_with_its_command() -> None:
 
 def test_every_promise_has_its_row() -> None:
     contract = targets.load(command.TARGETS)
-    assert targets.unknown(contract, [case.id for case in attention.cases()]) == []
+    ids = [case.id for case in (*attention.cases(), *moe.cases())]
+    assert targets.unknown(contract, ids) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")

@@ -12,7 +12,7 @@ import simde_py
 from tests.cpp.conftest import ROOT, run
 
 LEVELS = ("avx512", "avx512_bf16_vnni", "avx512_amx")
-KERNELS = ("tests/attention", "tests/gemm", "tests/moe")
+KERNELS = ("tests/attention", "tests/gemm", "tests/moe", "tests/pim")
 
 
 @pytest.fixture(scope="module")

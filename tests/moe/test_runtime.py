@@ -194,7 +194,8 @@ def test_what_a_step_misses_is_on_the_device_later() -> None:
 
 def test_prefetching_brings_what_the_next_router_will_choose(layers: dict[str, Experts]) -> None:
     call = make_call(torch.Generator().manual_seed(6), 1)
-    # All that this layer needs is there, so the bus has nothing else to do.
+    # All that this layer needs is there, so the bus has nothing else to do; the next layer, which
+    # has nothing, would wait for the first of its experts, and for no other.
     costs = replace(COSTS, scale=50.0, transfer=COSTS.transfer / 100)
     likely = torch.zeros(1, COUNT)
     likely[0, [1, 4, 6]] = 1.0
@@ -202,8 +203,9 @@ def test_prefetching_brings_what_the_next_router_will_choose(layers: dict[str, E
     with Runtime(layers, device, slots=TOP, cache="lru", prefetch=1) as runtime:
         runtime.set_router("second", lambda x: likely)
         runtime.place("first", call[1][0].tolist())
+        runtime.place("second", [0, 2, 3])
         runtime.layer("first")(*call)
-        assert runtime.resident("second") == [1, 4, 6]
+        assert len({1, 4, 6} & set(runtime.resident("second"))) == 1
 
 
 def test_a_recording_has_what_was_planned_and_what_was_done(layers: dict[str, Experts]) -> None:

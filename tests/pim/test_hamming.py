@@ -4,13 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from quernstone.pim import Macro, hamming_count, hamming_rate, hamming_weights
+from quernstone.pim import Macro, hamming_count, hamming_rate, hamming_weights, reference
 from quernstone.pim.checks import span
-
-
-def drawn(shape: tuple[int, ...], bits: int, signed: bool, dtype: type = np.int64) -> np.ndarray:
-    low, high = span(bits, signed)
-    return np.random.default_rng(bits).integers(low, high + 1, shape).astype(dtype)
+from tests.pim.cases import drawn
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -23,14 +19,54 @@ def test_counts_what_python_counts(bits: int, signed: bool) -> None:
     assert hamming_rate(weights, bits, signed=signed) == np.sum(ones) / (35 * bits)
 
 
+@pytest.mark.parametrize("bits", [1, 3, 7, 8, 9, 15, 16])
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 64, 65, 2047, (1 << 20) + 5])
+def test_one_pass_over_memory_counts_the_same_at_every_level(
+    isa: str, bits: int, size: int
+) -> None:
+    for signed in (True, False):
+        kind = "i" if signed else "u"
+        weights = drawn((size,), bits, signed).astype(f"{kind}{1 if bits <= 8 else 2}")
+        count = hamming_count(weights, bits, signed=signed)
+        want = reference.hamming_weights(weights, bits).sum(dtype=np.int64)
+        assert (count.counts, count.cells) == (want, size * bits)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7, 12, 15])
+@pytest.mark.parametrize("place", [0, 100, 129])
+def test_one_weight_out_of_range_is_found_wherever_it_is(isa: str, bits: int, place: int) -> None:
+    for signed in (True, False):
+        weights = np.zeros(130, f"{'i' if signed else 'u'}{1 if bits <= 8 else 2}")
+        low, high = span(bits, signed)
+        for wrong in (high + 1, low - 1):
+            if wrong >= 0 or signed:
+                weights[place] = wrong
+                with pytest.raises(ValueError, match=rf"weights: got {wrong}, expected {low} to"):
+                    hamming_rate(weights, bits, signed=signed)
+
+
+def test_weights_that_are_strided_or_of_another_byte_order_count_the_same() -> None:
+    weights = drawn((40, 50), 8)
+    want = hamming_count(weights, 8).counts
+    wide = np.zeros((40, 100), np.int8)
+    wide[:, ::2] = weights
+    for other in (
+        weights.astype(np.int8).T,
+        weights.astype(">i2"),
+        wide[:, ::2],
+        weights.astype(np.int8)[::-1],
+    ):
+        assert hamming_count(other, 8).counts == want
+
+
 def test_a_complement_has_the_other_ones() -> None:
-    weights = drawn((33, 65), 8, True, np.int8)
+    weights = drawn((33, 65), 8).astype(np.int8)
     assert hamming_rate(weights, 8) + hamming_rate(~weights, 8) == pytest.approx(1, abs=1e-15)
 
 
 def test_rates_of_rows_banks_and_macros_are_parts_of_the_whole() -> None:
     macro = Macro(rows=16, banks=4)
-    weights = torch.from_numpy(drawn((10, 3, 7), 8, True, np.int8))
+    weights = torch.from_numpy(drawn((10, 3, 7), 8).astype(np.int8))
     whole = hamming_count(weights, 8)
     for per, shape in (("row", (21,)), ("bank", (10,)), ("macro", (2, 3))):
         part = hamming_count(weights, 8, per=per, macro=macro)

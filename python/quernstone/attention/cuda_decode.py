@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quernstone import _cuda
 from quernstone.attention.checks import MAX_WIDTH, MIN_WIDTH, check_call
 from quernstone.attention.types import Kind
 
@@ -22,7 +23,6 @@ MAX_QUERIES = 8
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _KINDS = {"sink": 0, "vanilla": 1, "gated": 2}
-_PATH = Path(__file__).parents[1] / "libquernstone_cuda.so"
 _NO_WINDOW = 2**32 - 1  # beyond every position; sums with one still fit into 64 bits
 
 
@@ -121,12 +121,6 @@ class Library:
         return out, lse, importance
 
 
-@lru_cache(maxsize=1)
-def available() -> bool:
-    """Whether this installation has the kernels; there may be no GPU all the same."""
-    return _PATH.exists()
-
-
 def supports(q: Tensor, k: Tensor) -> bool:
     """Whether `decode` computes a call with these tensors: few queries, on a GPU with kernels."""
     return (
@@ -135,7 +129,7 @@ def supports(q: Tensor, k: Tensor) -> bool:
         and q.ndim == k.ndim == 4
         and q.shape[2] <= MAX_QUERIES
         and MIN_WIDTH <= q.shape[3] <= MAX_WIDTH
-        and available()
+        and _cuda.available()
         and torch.cuda.get_device_capability(q.device)[0] >= 8
     )
 
@@ -192,13 +186,7 @@ def decode(
 
 @lru_cache(maxsize=1)
 def _packaged() -> Library:
-    if not available():
-        raise ImportError(
-            f"{_PATH.name} is not part of this installation: it was built where there was no "
-            "nvcc; install the CUDA toolkit 12.8 or newer and build again with "
-            "`pip install . -C cmake.define.QS_CUDA=ON`"
-        )
-    return Library(_PATH)
+    return Library(_cuda.required())
 
 
 def _last_axis_contiguous(x: Tensor) -> Tensor:

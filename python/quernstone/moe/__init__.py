@@ -8,7 +8,9 @@ of it.
 """
 
 from quernstone.moe import reference, reference_schedule
+from quernstone.moe.checkpoint import load_packed, pack_checkpoint
 from quernstone.moe.cost import MODELS, PRESETS, CostModel, Curve, ModelShape, profile_machine
+from quernstone.moe.cuda_device import CudaDevice
 from quernstone.moe.devices import Device, EmulatedDevice, Work
 from quernstone.moe.experts import Experts, ExpertsShape, route
 from quernstone.moe.file import ExpertsWriter, Memory, load_experts, save_experts
@@ -19,6 +21,7 @@ from quernstone.moe.gating import (
     search_threshold,
     threshold_candidates,
 )
+from quernstone.moe.hf import Acceleration, Packing, accelerate
 from quernstone.moe.replay import HitCurve, gap_closed, replay
 from quernstone.moe.routing import moe_blocks, prediction_accuracy, record_routing
 from quernstone.moe.runtime import HybridMoE, Runtime
@@ -38,8 +41,10 @@ from quernstone.moe.trace import Trace
 __all__ = [
     "MODELS",
     "PRESETS",
+    "Acceleration",
     "AdaptiveGating",
     "CostModel",
+    "CudaDevice",
     "Curve",
     "Device",
     "EmulatedDevice",
@@ -53,12 +58,14 @@ __all__ = [
     "LayerUse",
     "Memory",
     "ModelShape",
+    "Packing",
     "Policy",
     "Prefetch",
     "Runtime",
     "Schedule",
     "Trace",
     "Work",
+    "accelerate",
     "allocate_slots",
     "cancel",
     "drop_experts",
@@ -66,8 +73,10 @@ __all__ = [
     "gap_closed",
     "layer_sensitivity",
     "load_experts",
+    "load_packed",
     "measured_loads",
     "moe_blocks",
+    "pack_checkpoint",
     "prediction_accuracy",
     "prefetch",
     "profile_machine",

@@ -184,7 +184,7 @@ class EmulatedDevice:
         if self.factor is None:
             self.factor = measured_factor(layers, costs, self._most_tokens)
         # Layers of one runtime may differ in format, and all compute alike.
-        compute = "float" if layers[0].shape.format == "bf16" else "int8"
+        compute = layers[0].compute
         pairs = [(of.shape.layout(), of.data) for of in layers]
         core = _core.moe.EmulatedDevice(pairs, list(slots), staging, compute)
         self._opened = _Opened(core, costs.gpu, costs.transfer, self.factor)

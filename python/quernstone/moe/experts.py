@@ -5,10 +5,9 @@ Axes: t tokens, c choices of a token, e experts, m hidden (model) width, f feed-
 
 from __future__ import annotations
 
-import contextlib
-import mmap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,12 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quernstone import _core
-from quernstone.quant import QTensor, Scheme, quantize
+from quernstone.quant import QTensor, Scheme
+from quernstone.quant.linear import Compute as Compute
+from quernstone.quant.linear import Format as Format
+from quernstone.quant.linear import (
+    MatrixShape,
+    allocate_bytes,
+    check_compute,
+    pack_into,
+    scheme_of,
+)
 
-Format = Literal["bf16", "int8", "int4"]
-Compute = Literal["float", "int8"]
-
-_HUGE_PAGE = 1 << 21
 _ALIGN = 64
 
 
@@ -83,12 +87,8 @@ class ExpertsShape:
     @property
     def scheme(self) -> Scheme | None:
         """The quantiser whose codes are stored; None for bf16."""
-        if self.format == "bf16":
-            return None
-        if self.format == "int8":
-            return Scheme(8)
-        return Scheme(
-            4, not self.zero_points, "group", self.group, "bf16", full_range=not self.zero_points
+        return scheme_of(
+            MatrixShape(self.intermediate, self.hidden, self.format, self.group, self.zero_points)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,14 +102,20 @@ class Experts:
         shape: of the layer.
         data: [shape.nbytes] uint8, packed experts, at an address divisible by 64. It is kept, not
             copied.
+        compute: what a call that names none uses, see `__call__`.
 
     Raises:
         ValueError, TypeError: `data` is something else.
     """
 
-    def __init__(self, shape: ExpertsShape, data: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, shape: ExpertsShape, data: NDArray[np.uint8], compute: Compute | None = None
+    ) -> None:
         self.shape = shape
         self.data = data
+        self.compute = check_compute(compute, shape.format)
+        self.guard: Callable[[], None] | None = None
+        """Raises where the memory is no longer what it was: called before every use."""
         self._layout = shape.layout()
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             got = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
@@ -119,9 +125,9 @@ class Experts:
         if data.ctypes.data % _ALIGN:
             raise ValueError("data: got memory that is not aligned, expected 64 bytes")
 
-    def __reduce__(self) -> tuple[Any, tuple[ExpertsShape, NDArray[np.uint8]]]:
+    def __reduce__(self) -> tuple[Any, tuple[ExpertsShape, NDArray[np.uint8], Compute]]:
         # The bytes that come back have to be aligned again.
-        return _restored, (self.shape, self.data)
+        return _restored, (self.shape, self.data, self.compute)
 
     @classmethod
     def empty(cls, shape: ExpertsShape, *, huge_pages: bool = True) -> Experts:
@@ -226,7 +232,8 @@ class Experts:
             ids: [t, c] int64, the experts of a token, none twice; -1 is none here.
             weights: [t, c] fp32, what each counts, finite.
             compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. None is
-                "int8" for int8 and int4 weights, and "float" for bf16, which has no other.
+                `self.compute`, unless told otherwise "int8" for int8 and int4 weights, and "float"
+                for bf16, which has no other.
 
         Returns:
             [t, m] in the dtype of x.
@@ -234,6 +241,7 @@ class Experts:
         Raises:
             ValueError: a shape, an id or a compute out of its range, a weight that is not finite.
             TypeError: a tensor of another dtype.
+            OSError: the file in which the experts lie has changed.
 
         Source: the feed-forward block of Mixtral (arXiv 2401.04088, section 2.1). Oracles: the
         blocks of transformers; `quernstone.moe.reference.experts`.
@@ -252,12 +260,9 @@ class Experts:
                 raise ValueError(f"{name}.device: got {value.device}, expected cpu")
             if value.ndim != 2:
                 raise ValueError(f"{name}.ndim: got {value.ndim}, expected 2")
-        if compute is None:
-            compute = "float" if self.shape.format == "bf16" else "int8"
-        elif compute not in get_args(Compute):
-            raise ValueError(f"compute: got {compute!r}, expected one of {get_args(Compute)}")
-        elif compute == "int8" and self.shape.format == "bf16":
-            raise ValueError("compute: got 'int8' with bf16 weights, expected 'float'")
+        how = self.compute if compute is None else check_compute(compute, self.shape.format)
+        if self.guard is not None:
+            self.guard()
         rows = x.detach().float()
         if rows.stride(1) != 1:
             rows = rows.contiguous()
@@ -268,7 +273,7 @@ class Experts:
             rows.numpy(),
             ids.numpy(),
             weights.detach().numpy(),
-            compute,
+            how,
             out.numpy(),
         )
         return out.to(x.dtype)
@@ -280,36 +285,10 @@ class Experts:
     def _packed(
         self, name: str, matrix: Tensor | QTensor, want: tuple[int, int], clips: int
     ) -> NDArray[np.uint8]:
-        if not isinstance(matrix, (Tensor, QTensor)):
-            raise TypeError(f"{name}: got {type(matrix).__name__}, expected a Tensor or QTensor")
-        if tuple(matrix.shape) != want:
-            raise ValueError(f"{name}.shape: got {tuple(matrix.shape)}, expected {want}")
-        layout = self._matrix(*want)
-        out = allocate_bytes(layout.bytes, huge_pages=False)
-        scheme = self.shape.scheme
-        if scheme is None:
-            if isinstance(matrix, QTensor):
-                raise TypeError(f"{name}: got a QTensor, expected a Tensor for bf16")
-            if not matrix.is_floating_point():
-                raise TypeError(
-                    f"{name}.dtype: got {matrix.dtype}, expected a floating-point dtype"
-                )
-            if matrix.device.type != "cpu":
-                raise ValueError(f"{name}.device: got {matrix.device}, expected cpu")
-            rounded = matrix.detach().bfloat16()
-            if not bool(torch.isfinite(rounded).all()):
-                raise ValueError(f"{name}: got a weight that is not finite in bf16, expected none")
-            bits = rounded.contiguous().view(torch.int16).numpy().view(np.uint16)
-            _core.pack_bf16(layout, bits, out)
-            return out
-        made = matrix if isinstance(matrix, QTensor) else quantize(matrix, scheme, clips=clips)
-        if made.scheme != scheme:
-            raise ValueError(f"{name}.scheme: got {made.scheme}, expected {scheme}")
-        zeros = None if made.zero_points is None else made.zero_points.numpy()
-        # Nibbles are stored without a sign, bytes with it.
-        bias = 8 if self.shape.format == "int4" and scheme.symmetric else 0
-        codes = (made.codes() + bias).to(torch.int8)
-        _core.pack_codes(layout, codes.numpy(), made.scales.numpy(), zeros, out)
+        of = self.shape
+        shape = MatrixShape(*want, of.format, of.group, of.zero_points)
+        out = allocate_bytes(shape.nbytes, huge_pages=False)
+        pack_into(name, matrix, shape, out, clips=clips)
         return out
 
     def _unpacked(self, rows: int, inputs: int, data: NDArray[np.uint8]) -> Tensor:
@@ -321,23 +300,11 @@ class Experts:
         return out
 
 
-def _restored(shape: ExpertsShape, data: NDArray[np.uint8]) -> Experts:
+def _restored(shape: ExpertsShape, data: NDArray[np.uint8], compute: Compute) -> Experts:
     experts = Experts.empty(shape)
     experts.data[:] = data
+    experts.compute = compute
     return experts
-
-
-def allocate_bytes(size: int, *, huge_pages: bool) -> NDArray[np.uint8]:
-    """Zeros at an address divisible by 64, or in pages of 2 MiB where the system gives such."""
-    if not huge_pages or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = np.zeros(size + _ALIGN, np.uint8)
-        return memory[-memory.ctypes.data % _ALIGN :][:size]
-    room = mmap.mmap(-1, size + _HUGE_PAGE)
-    pages = np.frombuffer(room, np.uint8)
-    skip = -pages.ctypes.data % _HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel without them
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return pages[skip : skip + size]
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool = True) -> tuple[Tensor, Tensor]:

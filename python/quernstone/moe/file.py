@@ -24,11 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quernstone._files import replacing
-from quernstone.moe.experts import Experts, ExpertsShape, allocate_bytes
+from quernstone.moe.experts import Experts, ExpertsShape
+from quernstone.quant.linear import allocate_bytes
 
 Memory = Literal["map", "copy", "huge"]
 """`map`: the file itself, read as it is used, shared by processes. `copy`: into memory. `huge`:
-into pages of 2 MiB, where the system gives such: the fastest to compute from."""
+into pages of 2 MiB, where the system gives such: the fastest to compute from.
+
+A mapped file must stay as it is. One that is cut short or written to is told before the next use
+of its experts, by an OSError; one that is cut short while they are computed ends the process with
+SIGBUS, which nothing in it can prevent. Replacing the file, as `save_experts` does, is safe: the
+old one lives on for those who have it mapped."""
 
 VERSION = 1
 _MAGIC = b"QSEXPERT"
@@ -136,8 +142,9 @@ def load_experts(
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         index = _read_index(file, size, name)
-        mapped = None
+        mapped = guard = None
         if memory == "map":
+            guard = _Guard(file.fileno(), name)
             mapped = np.frombuffer(
                 mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8
             )
@@ -153,7 +160,31 @@ def load_experts(
             if verify and _crc32(data) != crc:
                 raise ValueError(f"{name}: {layer!r} is damaged, its checksum is another")
             layers[layer] = Experts(shape, data)
+            layers[layer].guard = guard
     return layers
+
+
+class _Guard:
+    """Tells a mapped file that has changed since it was opened."""
+
+    def __init__(self, file: int, name: str) -> None:
+        self._file, self._name = os.dup(file), name
+        self._was = self._state()
+
+    def __call__(self) -> None:
+        now = self._state()
+        if now != self._was:
+            raise OSError(
+                f"{self._name}: got {now[0]} bytes, written to after it was mapped, expected "
+                f"{self._was[0]} as they were"
+            )
+
+    def _state(self) -> tuple[int, int]:
+        about = os.fstat(self._file)
+        return about.st_size, about.st_mtime_ns
+
+    def __del__(self) -> None:
+        os.close(self._file)
 
 
 def _read_index(file: BinaryIO, size: int, path: str) -> dict[str, tuple[ExpertsShape, int, int]]:

@@ -131,6 +131,31 @@ class AdaptiveGating:
                 stack.callback(block.router.register_forward_hook(hook).remove)
             yield
 
+    def drop(self, name: str, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """`drop_experts` of a block by its name; what it does to the tokens is counted.
+
+        Raises:
+            ValueError: the block has no sensitivity; as `drop_experts`.
+        """
+        if name not in self.sensitivity:
+            raise ValueError(f"sensitivity: got none for {name!r}, expected one")
+        kept, scaled = drop_experts(ids, weights, self.sensitivity[name], self.threshold)
+        active = (kept >= 0).sum(1)
+        self.count(len(active), int((active == 1).sum()), int(active.sum()))
+        return kept, scaled
+
+    def count(self, tokens: int, single: int, active: int) -> None:
+        """Adds tokens of a layer to what `use` tells.
+
+        Args:
+            tokens: how many.
+            single: how many of them have one expert.
+            active: the experts of all of them.
+        """
+        self._counts[0] += tokens
+        self._counts[1] += single
+        self._counts[2] += active
+
     def use(self) -> GatingUse:
         """Of the tokens since the last call.
 
@@ -146,11 +171,7 @@ class AdaptiveGating:
     def _hook(self, name: str) -> Callable[..., Any]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             _, weights, ids = routed(name, output)
-            kept, scaled = drop_experts(ids, weights, self.sensitivity[name], self.threshold)
-            active = (kept >= 0).sum(1)
-            self._counts[0] += len(active)
-            self._counts[1] += int((active == 1).sum())
-            self._counts[2] += int(active.sum())
+            _, scaled = self.drop(name, ids, weights)
             return output[0], scaled.view_as(output[1]), output[2]
 
         return hook

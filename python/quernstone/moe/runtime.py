@@ -93,7 +93,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._recording: Recording | None = None
         self._closed = False
-        self._computes = ["float" if of.shape.format == "bf16" else "int8" for of in self._experts]
+        self._computes = [of.compute for of in self._experts]
         self._layouts = [of.shape.layout() for of in self._experts]
         if device is None:
             if costs is not None:
@@ -320,11 +320,11 @@ class Recording:
         self.steps: list[LayerTime] = []
         self.real: list[Interval] = []
         self.planned: list[Interval] = []
-        self._device = device
-        self._layers = layers
+        self.device = device
+        self.layers = layers
 
     def add(self, core: _core.moe.Runtime, layer: int, begun: float, ended: float) -> None:
-        assert self._device is not None
+        assert self.device is not None
         self.steps.append(
             LayerTime(layer, begun, core.makespan, ended - begun, core.hits, core.active)
         )
@@ -334,7 +334,7 @@ class Recording:
         for experts, start, end in core.spans() if core.on_cpu else ():
             label = " ".join(f"{layer}.{expert}" for expert in experts)
             self.real.append(("cpu", start, end, label, "compute"))
-        self.real += self._device.times()
+        self.real += self.device.times()
 
     def plan(self) -> Plan:
         """What was done, by recorded time-stamps."""
@@ -345,7 +345,7 @@ class Recording:
         return self._plan(self.planned, "planned")
 
     def _plan(self, found: list[Interval], what: str) -> Plan:
-        name = "no device" if self._device is None else self._device.name
+        name = "no device" if self.device is None else self.device.name
         begun = min([step.begun for step in self.steps], default=0.0)
         shown = [
             (resource, max(0.0, start - begun), max(0.0, end - begun), label, kind)
@@ -423,7 +423,7 @@ class HybridMoE(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._call = bind_experts(self.experts)
         self._file = _mapping(self.experts)
 

@@ -19,9 +19,11 @@ from quernstone.moe.experts import Experts
 _FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
 
 
-@torch.library.register_fake("quernstone::moe_experts")
 def _fake(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("quernstone::moe_experts", _fake)
 
 
 def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -38,7 +40,7 @@ def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]
         shape.intermediate,
         shape.group,
         shape.zero_points,
-        shape.format != "bf16",
+        experts.compute == "int8",
     )
     operator = torch.ops.quernstone.moe_experts.default
 

@@ -136,7 +136,8 @@ def hamming_rate(
 
 
 def _count_all(array: NDArray[Any], bits: int, signed: bool) -> Count:
-    if array.itemsize == (1 if bits <= 8 else 2) and array.flags.c_contiguous and array.size:
+    plain = array.dtype.isnative and array.flags.c_contiguous and array.flags.aligned
+    if plain and array.size and array.itemsize == (1 if bits <= 8 else 2):
         # One pass over the memory, which also finds what is out of range.
         unsigned = array.dtype.kind == "u"
         dtype = np.dtype(f"i{array.itemsize}")

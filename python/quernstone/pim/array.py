@@ -205,11 +205,12 @@ def line_toggles_of(x: NDArray[Any], lines: _core.pim.Lines, macro: Macro) -> ND
 def narrowed(array: NDArray[Any], bits: int) -> NDArray[Any]:
     """The same bits as int8 or int16, contiguous along the last axis."""
     dtype = np.dtype(np.int8 if bits <= 8 else np.int16)
-    same = array.dtype.itemsize == dtype.itemsize
+    same = array.dtype.itemsize == dtype.itemsize and array.dtype.isnative
     # Unsigned values that are within the bits wrap.
     array = array.view(dtype) if same else array.astype(dtype)
-    if array.ndim and array.shape[-1] > 1 and array.strides[-1] != dtype.itemsize:
-        array = np.ascontiguousarray(array)
+    aligned = array.flags.aligned and all(step % dtype.itemsize == 0 for step in array.strides)
+    if array.strides[-1] != dtype.itemsize or not array.size or not aligned:
+        array = np.array(array, order="C")
     return array
 
 

@@ -143,6 +143,26 @@ inline void emulated_tile_dpbssd(int sums, int a, int b) noexcept {
     }
 }
 
+// TDPBUUD: sums[m][n] += the products of four unsigned bytes of a[m] and of b, for each of b's rows
+inline void emulated_tile_dpbuud(int sums, int a, int b) noexcept {
+    auto& to = emulated_tile(sums);
+    const auto& left = emulated_tile(a);
+    const auto& right = emulated_tile(b);
+    emulated_tile_must(left.rows == to.rows && left.bytes == 4 * right.rows &&
+                       right.bytes == to.bytes);
+    for (unsigned m = 0; m < to.rows; ++m) {
+        for (unsigned n = 0; n < to.bytes; n += 4) {
+            std::uint32_t sum;
+            std::memcpy(&sum, to.row[m] + n, sizeof sum);
+            for (unsigned k = 0; k < left.bytes; ++k) {
+                sum += static_cast<std::uint32_t>(left.row[m][k]) *
+                       static_cast<std::uint32_t>(right.row[k / 4][n + k % 4]);
+            }
+            std::memcpy(to.row[m] + n, &sum, sizeof sum);
+        }
+    }
+}
+
 }  // namespace
 
 #undef _tile_loadconfig
@@ -151,6 +171,8 @@ inline void emulated_tile_dpbssd(int sums, int a, int b) noexcept {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
+#undef _tile_dpbuud
+#define _tile_dpbuud(sums, a, b) emulated_tile_dpbuud(sums, a, b)
 #define _tile_loadconfig(config) emulated_tile_loadconfig(config)
 #define _tile_release() emulated_tile_release()
 #define _tile_zero(i) emulated_tile_zero(i)

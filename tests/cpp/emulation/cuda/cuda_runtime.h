@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -33,7 +34,32 @@ using emulation::threadIdx;
 
 using Where = std::source_location;
 
+// Each is one rounding: the tests' flags keep g++ from fusing them.
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+
+// c and the products of four signed bytes
+inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 4; ++i) {
+        c += static_cast<std::int8_t>(a >> 8 * i) * static_cast<std::int8_t>(b >> 8 * i);
+    }
+    return c;
+}
 
 inline void __syncthreads(Where where = Where::current()) {
     emulation::wait({emulation::Wait::kBlock, 0, 0, 0}, where);
