@@ -75,7 +75,9 @@ def _windows(split: Split) -> Batches:
 
 
 def _characters(base: Graph, changed: Graph) -> float:
-    return 100 * (ocr.character_accuracy(changed) - ocr.character_accuracy(base))
+    alphabet = ocr.characters(NETWORKS["recogniser"].load())
+    read = [ocr.character_accuracy(network, alphabet) for network in (base, changed)]
+    return 100 * (read[1] - read[0])
 
 
 def _bits(base: Graph, changed: Graph) -> float:
@@ -121,7 +123,8 @@ _EVERY = (
         "magika",
         load=models.magika,
         inputs=_files,
-        snr=34.0,
+        snr=38.0,
+        fidelity="each",
         unit="%",
         what="kinds of files, decided as int8 does",
         kept=lambda base, changed: 100 * files.agreement(base, changed),
@@ -144,7 +147,7 @@ _EVERY = (
         "minilm",
         load=models.minilm,
         inputs=_sentences,
-        snr=32.0,
+        snr=38.0,
         unit="cosine",
         what="embeddings of sentences, mean cosine with those of int8",
         kept=lambda base, changed: float(language.cosines(base, changed).mean()),
