@@ -30,9 +30,7 @@ inline Code floor_code(Real x) noexcept {
     return std::isnan(x) ? 0 : static_cast<Code>(std::floor(x));
 }
 inline Real to_real(Code code) noexcept { return static_cast<Real>(code); }
-inline bool uncommon(Real a, Real limit, Real x, Real y) noexcept {
-    return !(a < limit) || x != y;
-}
+inline bool uncommon(Real a, Real limit, Real x, Real y) noexcept { return !(a < limit) || x != y; }
 
 struct Bytes {
     std::int8_t of[4];

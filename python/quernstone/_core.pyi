@@ -144,6 +144,41 @@ class moe:
     @staticmethod
     def seconds_of_round_trips(count: int) -> list[float]: ...
 
+    class DecoderLayer:
+        def __init__(self, **parts: Any) -> None: ...
+        def inputs(
+            self,
+            hidden: NDArray[np.float32],
+            add: NDArray[np.float32] | None,
+            cos: NDArray[np.float32],
+            sin: NDArray[np.float32],
+            normed: NDArray[np.float32],
+            projected: NDArray[np.float32],
+            q: NDArray[Any],
+            k: NDArray[Any],
+            v: NDArray[Any],
+        ) -> None: ...
+        def outputs(
+            self,
+            attended: NDArray[Any],
+            joined: NDArray[np.float32],
+            hidden: NDArray[np.float32],
+            x: NDArray[np.float32],
+            ids: _Ints,
+            weights: NDArray[np.float32],
+            sensitivity: float | None = None,
+            threshold: float | None = None,
+        ) -> tuple[int, int, int]: ...
+
+    @staticmethod
+    def final_norm(
+        weight: NDArray[np.float32],
+        eps: float,
+        hidden: NDArray[np.float32],
+        add: NDArray[np.float32] | None,
+        out: NDArray[np.float32],
+    ) -> None: ...
+
     class Runtime:
         def __init__(
             self,

@@ -11,7 +11,7 @@ Axes: t tokens, m hidden width, h query heads, g key heads, s keys, d head width
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ def _numbers(x: Tensor) -> NDArray[Any]:
     return array
 
 
+@overload
+def _floats(x: Tensor) -> NDArray[np.float32]: ...
+@overload
+def _floats(x: None) -> None: ...
 def _floats(x: Tensor | None) -> NDArray[np.float32] | None:
     return None if x is None else x.detach().float().contiguous().numpy()
 
@@ -326,9 +330,9 @@ def _joined(
     rows = sum(linear.out_features for linear in linears)
     if rows != whole.shape.outputs or any(linear.matrix.whole is not whole for linear in linears):
         return None
-    biases = [linear.bias for linear in linears]
-    if all(bias is None for bias in biases):
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if not biases:
         return whole, None
-    if any(bias is None for bias in biases):
+    if len(biases) < len(linears):
         return None
     return whole, _floats(torch.cat(biases))

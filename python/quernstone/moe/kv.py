@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 _FIRST_CAPACITY = 256
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """A layer of `DynamicCache` whose `keys` and `values` are the begin of longer buffers."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._arrays: tuple[NDArray[Any], NDArray[Any]] | None = None
         self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -29,6 +29,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """A layer with the keys and values of another."""
         made = cls()
         if layer.get_seq_length():
+            assert layer.keys is not None
+            assert layer.values is not None
             made.lazy_initialization(layer.keys, layer.values)
             made.keys, made.values = layer.keys, layer.values
         return made
@@ -41,8 +43,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = self.reserve(past, tokens, key_states, value_states)
         keys[:, :, past:].copy_(key_states)
         values[:, :, past:].copy_(value_states)
-        self.commit(past + tokens)
-        return self.keys, self.values
+        return self.commit(past + tokens)
 
     def reserve(
         self, past: int, tokens: int, key_like: Tensor, value_like: Tensor
@@ -71,6 +72,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
                 for like in (key_like, value_like)
             ]
             if past:
+                assert self.keys is not None
+                assert self.values is not None
                 made[0][:, :, :past].copy_(self.keys)
                 made[1][:, :, :past].copy_(self.values)
             buffers = self._buffers = (made[0], made[1])
@@ -91,11 +94,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = self._arrays
         return keys[:, past : past + tokens], values[:, past : past + tokens]
 
-    def commit(self, end: int) -> None:
-        """The layer holds `end` keys from now on."""
+    def commit(self, end: int) -> tuple[Tensor, Tensor]:
+        """The layer holds `end` keys from now on: these, and their values."""
         assert self._buffers is not None
-        self.keys, self.values = (x[:, :, :end] for x in self._buffers)
-        self._seen = self.keys, self.values
+        keys, values = (x[:, :, :end] for x in self._buffers)
+        self.keys, self.values = self._seen = keys, values
+        return keys, values
 
 
 def adopted(cache: Any, layers: int) -> bool:

@@ -219,6 +219,8 @@ class PackedLinear(nn.Module):
     Oracle: `nn.Linear` with the weights of `matrix.unpack()`.
     """
 
+    bias: Tensor | None
+
     def __init__(
         self, matrix: PackedMatrix, bias: Tensor | None = None, compute: Compute | None = None
     ) -> None:
