@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from quernstone.bench.plots import INK, LINE, OURS, SOFT, STYLE, svg
@@ -76,7 +78,7 @@ def _maps(drops: Mapping[str, NDArray[np.float64]]) -> str:
         figure = Figure(figsize=(8.8, 3.0), layout="constrained")
         panels: Any = figure.subplots(1, len(drops))
         for axes, (name, x) in zip(panels, drops.items(), strict=True):
-            image = axes.imshow(x[: side * side].reshape(side, side), cmap="inferno", vmin=0,
+            image = axes.imshow(x[: side * side].reshape(side, side), cmap="inferno_r", vmin=0,
                                 vmax=most)  # fmt: skip
             axes.set_title(f"{name}: {x.max():.0f} mV", fontsize=9, color=INK)
             axes.set_xticks([])
@@ -95,6 +97,8 @@ def timeline(report: Report, groups: int = 6) -> str:
         levels = chosen.table.levels
         shown = min(groups, len(chosen.seconds))
         for g in range(shown):
+            for edge in (0.0, 0.8):
+                axes.axhline(shown - 1 - g + edge, color=LINE, linewidth=0.6)
             changes = [c for c in chosen.changes if c.group == g]
             times = [0.0, *(1e6 * c.seconds for c in changes)]
             height = [levels[int(chosen.first[g])], *(levels[c.level] for c in changes)]
@@ -104,22 +108,30 @@ def timeline(report: Report, groups: int = 6) -> str:
             axes.plot(failed, [shown - 1 - g] * len(failed), "|", color=_AMBER, markersize=7)
         axes.set_yticks([shown - 1 - g + 0.4 for g in range(shown)],
                         [f"group {g}" for g in range(shown)])  # fmt: skip
+        axes.set_ylim(-0.15, shown - 0.05)
         axes.set_xlabel("us")
-        axes.set_title("level of toggle rate that each group is set for; marks are failures",
-                       fontsize=10, color=INK)  # fmt: skip
+        axes.set_title("level of toggle rate that each group is set for, from 0 to 100 % between "
+                       "its lines; marks are failures", fontsize=10, color=INK)  # fmt: skip
         return svg(figure, "pim-timeline")
 
 
 def tornado(base: Headline, changes: Sequence[Change]) -> str:
-    """How far the three headline figures move when one assumed figure is halved or doubled."""
-    names = list(dict.fromkeys(change.figure for change in changes))
+    """How far the three headline figures move when one assumed figure is halved or doubled, those
+    that move them the most first."""
+    reach: dict[str, float] = {}
+    for change in changes:
+        moved = [0.0]
+        if change.headline is not None:
+            moved = [abs(a / b - 1) for a, b in zip(change.headline, base, strict=True) if b]
+        reach[change.figure] = max(reach.get(change.figure, 0.0), *moved)
+    names = sorted(reach, key=lambda name: -reach[name])
     titles = (
         "drop taken away, of sign-off",
         "operations a J, over int8",
         "operations a s, over int8",
     )
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 0.9 + 0.28 * len(names)), layout="constrained")
+        figure = Figure(figsize=(9.0, 1.2 + 0.28 * len(names)), layout="constrained")
         panels: Any = figure.subplots(1, 3, sharey=True)
         for which, (axes, title) in enumerate(zip(panels, titles, strict=True)):
             for place, name in enumerate(names):
@@ -132,6 +144,15 @@ def tornado(base: Headline, changes: Sequence[Change]) -> str:
             axes.axvline(base[which], color=INK, linewidth=0.9)
             axes.axvline(PUBLISHED[which], color=SOFT, linewidth=0.9, linestyle=":")
             axes.set_title(title, fontsize=10, color=INK)
+            axes.tick_params(axis="x", labelsize=8)
         panels[0].set_yticks(range(len(names)), names, fontsize=8)
         panels[0].invert_yaxis()
+        figure.legend(
+            [
+                *(Patch(color=colour, alpha=0.85) for colour in (_AMBER, OURS)),
+                Line2D([], [], color=SOFT, linewidth=0.9, linestyle=":"),
+            ],
+            ["halved", "doubled", "published"],
+            loc="outside lower center", ncols=3, frameon=False, fontsize=8,
+        )  # fmt: skip
         return svg(figure, "pim-tornado")

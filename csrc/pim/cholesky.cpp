@@ -330,7 +330,7 @@ void Cholesky::analyse(const Pattern& pattern) {
 }
 
 // Multifrontal: a supernode takes what its children leave, and leaves the rest to its parent.
-// Returns the node of a pivot that is not positive, or -1.
+// Returns the node of a pivot that is not positive or nothing but rounding, or -1.
 std::int32_t Cholesky::factor(const Pattern& pattern) {
     const std::size_t supernodes = parent_.size();
     const std::vector<std::int32_t> position = inverse(order_);
@@ -378,6 +378,15 @@ std::int32_t Cholesky::factor(const Pattern& pattern) {
         const std::int64_t failed = level.eliminate(front.data(), stride, size, columns);
         if (failed >= 0) {
             return order_[at(first_[s] + failed)];
+        }
+        // What is left of a diagonal below a few of its roundings is not the network's.
+        constexpr double kRounding = 64.0 * std::numeric_limits<double>::epsilon();
+        for (std::int64_t j = 0; j < columns; ++j) {
+            const double inverse = front[at(j * stride + j)];
+            const std::int32_t node = order_[at(first_[s] + j)];
+            if (!(pattern.diagonal[at(node)] * inverse * inverse * kRounding < 1.0)) {
+                return node;
+            }
         }
         double* panel = panels_.data() + panel_begin_[s];
         for (std::int64_t j = 0; j < columns; ++j) {

@@ -142,9 +142,6 @@ def _rounded(
     bits: int,
     shifts: list[int] | None,
 ) -> Compressed:
-    import numpy as np
-    import torch
-
     from quernstone.importers import Graph
     from quernstone.pim.network import compress
 
@@ -157,10 +154,9 @@ def _rounded(
             raise ValueError("--inputs: got none, expected an .npz file of calibration inputs")
         batches = NETWORKS[name].inputs("calibration")
     else:
-        if not inputs.is_file():
-            raise FileNotFoundError(f"{inputs}: no such file")
-        with np.load(inputs, allow_pickle=False) as file:
-            batches = [{key: torch.from_numpy(file[key]) for key in file.files}]
+        from quernstone.pim.analysis import load_inputs
+
+        batches = load_inputs(inputs)
     return compress(model, batches, snr=snr, bits=bits, shifts=shifts)
 
 

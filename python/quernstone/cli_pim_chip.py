@@ -88,7 +88,7 @@ def map_(
         for index, one in enumerate(rounds):
             table.add_row(
                 str(index), str(len(one.names)), f"{one.before:.4g}", f"{one.cost:.4g}",
-                f"{100 * (1 - one.cost / one.before):.1f} %",
+                f"{100 * (1 - one.cost / one.before if one.before else 0.0):.1f} %",
             )  # fmt: skip
         console.print(table)
         console.print("[dim]charge times V^2 in low power, seconds in sprint; simulated[/dim]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,28 @@ def test_ends_with_2_and_one_line_where_something_is_wrong(file: Path, tmp_path:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(file.read_bytes()[:100])
     assert _call(str(broken)).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["analyze", "map"])
+def test_damaged_inputs_are_named(command: str, file: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=networks.rows(50, 24).numpy())
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:300])
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez(tmp_path / "text.npz", x=np.array(["a"]))
+    options = ["--snr", "25"] if command == "analyze" else []
+    for name in ("cut.npz", "one.npy", "text.npz"):
+        arguments = ["pim", command, str(file), *options, "--inputs", str(tmp_path / name)]
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+        assert result.exit_code == 2, result.output
+        assert f"{name}: got no whole .npz file of arrays" in result.output
+
+
+def test_networks_of_zeros_are_rounded_and_mapped(tmp_path: Path) -> None:
+    graph = networks.perceptron()
+    zeros = {name: np.zeros_like(x) for name, x in graph.constants.items()}
+    write_onnx(replace(graph, constants=zeros), tmp_path / "zeros.onnx")
+    np.savez(tmp_path / "x.npz", x=networks.rows(50, 24).numpy())
+    for command in (["analyze", "--snr", "25"], ["map"]):
+        arguments = [*command, str(tmp_path / "zeros.onnx"), "--inputs", str(tmp_path / "x.npz")]
+        result = CliRunner().invoke(app, ["pim", *arguments], env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.output

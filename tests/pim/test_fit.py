@@ -214,3 +214,45 @@ def test_names_what_is_wrong() -> None:
         with pytest.raises(error) as caught:
             call()
         assert words in str(caught.value)
+
+
+def test_a_module_is_as_it_came_when_a_loss_fails() -> None:
+    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    x = torch.randn(20, 6)
+
+    def loss(step: int) -> Tensor:
+        return module(x).square().mean() * (float("nan") if step == 2 else 1.0)
+
+    with pytest.raises(ValueError, match=r"loss\(2\): got nan"):
+        fit(module, loss, steps=3)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_loss_without_a_gradient_is_named() -> None:
+    with pytest.raises(ValueError, match=r"loss\(0\): got no gradient"):
+        fit(nn.Linear(3, 2), lambda _: torch.tensor(1.0), steps=1)
+
+
+def test_weights_of_any_layout_are_trained_alike() -> None:
+    x = torch.randn(2, 4, 6, 6)
+    rates = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 8, 3).to(memory_format=layout)  # type: ignore[call-overload]
+        report = fit(layer, lambda _, layer=layer: layer(x).square().mean(), steps=3, ratio=0.1)
+        rates.append(report.after)
+    assert rates[0] == pytest.approx(rates[1], abs=2e-3)
+
+
+def test_weights_of_zeros_have_no_ones_to_cut() -> None:
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    assert fit(layer, lambda _: layer(torch.ones(1, 3)).sum(), steps=0).cut == 0.0
+
+
+def test_a_price_whose_table_would_fill_the_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="price: got 1e"):
+        Codebook.of(8, 0, 1e9)

@@ -305,3 +305,16 @@ def test_a_heat_map_shows_every_node_and_the_macros_borders() -> None:
     assert len(axes.lines) == 1 + 3
     with pytest.raises(ValueError, match=r"drop: got shape \(3,\), expected \(65,\)"):
         heatmap(grid, np.ones(3))
+
+
+def test_a_drop_that_would_be_rounding_alone_is_refused() -> None:
+    # 1 to 2 in series with 1e30 of it: eliminated exactly, what is left of the diagonal is not 0.
+    text = "V1 a 0 1\nR1 a b 1e-15\nR2 b c 1e15\nR3 c d 1e-15\nI1 d 0 1u\n.end"
+    with pytest.raises(ValueError, match=r"singular in float64 at node '[cd]'"):
+        factor(grid_of(spice.parse(text)))
+
+
+def test_a_resistance_without_a_finite_inverse_is_blamed_on_its_line() -> None:
+    netlist = spice.parse("V1 a 0 1\nR1 a b 1e-300\n.end")
+    with pytest.raises(spice.SpiceError, match=r"netlist:2: r1: got 1e-300 ohm"):
+        grid_of(netlist)

@@ -318,3 +318,10 @@ def test_names_what_is_wrong(call: Callable[[], object], error: type, words: str
     with pytest.raises(error) as caught:
         call()
     assert words in str(caught.value)
+
+
+def test_a_gradient_in_the_memory_of_its_weight_is_refused() -> None:
+    memory = torch.randn(61)
+    weight = memory[:60].view(6, 10)
+    with pytest.raises(ValueError, match="grad: got memory of the weight"):
+        hamming_regulariser_into(weight, torch.ones(6), memory[1:].view(6, 10))

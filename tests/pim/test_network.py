@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -246,3 +247,26 @@ def test_names_what_is_wrong() -> None:
     )
     with pytest.raises(ValueError, match=r"conv 'deep': got a weight \(3, 2, 1, 1, 1\)"):
         weights_of(deep)
+
+
+@pytest.mark.parametrize(
+    ("rows", "factor", "message"),
+    [(0, 1.0, "first: got no inputs"), (9, 1e25, "first: got inputs whose squares are beyond")],
+)
+def test_calibration_that_says_nothing_is_blamed_on_its_layer(
+    rows: int, factor: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(networks.perceptron(), [{"x": networks.rows(rows, 24) * factor}])
+
+
+def test_a_network_of_zeros_has_no_ones_to_cut() -> None:
+    graph = networks.perceptron()
+    zeros = {name: np.zeros_like(x) for name, x in graph.constants.items()}
+    found = compress(replace(graph, constants=zeros), [{"x": networks.rows(50, 24)}], snr=25.0)
+    assert found.cut == 0.0
+
+
+def test_shifts_are_integers() -> None:
+    with pytest.raises(TypeError, match=r"shifts: got 0\.5"):
+        compress(networks.perceptron(), [{"x": networks.rows(50, 24)}], shifts=[0.5])  # type: ignore[list-item]

@@ -258,3 +258,12 @@ def test_nothing_in_gives_nothing_out(isa: str) -> None:
     assert toggle_count(W, X[:0], macro).counts.shape == (1, 0, 4)
     assert toggle_count(W[:0], X, macro).counts.shape == (1, 16, 0)
     assert toggle_count(W[:, :0], X[:, :0], macro).counts.shape == (0, 16, 4)
+
+
+def test_layers_and_inputs_may_be_empty() -> None:
+    macro = Macro(rows=64, banks=8)
+    weights, x = np.ones((10, 70), np.int8), np.ones((4, 70), np.int8)
+    assert toggle_rate(weights, x[:0], macro).shape == (2, 0, 10)
+    assert toggle_rate(weights[:0], x, macro).shape == (2, 32, 0)
+    assert Array(weights, macro).mvm(x[:0]).shape == (0, 10)
+    np.testing.assert_array_equal(Array(weights[:, :0], macro).mvm(x[:, :0]), np.zeros((4, 10)))

@@ -10,6 +10,7 @@ import torch
 
 from quernstone.importers import Graph, Node, Value
 from quernstone.pim.work import Work, network_work, quantised_inputs
+from tests.pim import networks
 
 
 def conv_graph(shape: tuple[int, ...], kernel: tuple[int, ...], **attributes: Any) -> Graph:
@@ -114,3 +115,16 @@ def test_bad_input_is_named() -> None:
         Work("a", ones, ones, 1)
     with pytest.raises(TypeError, match="weights"):
         Work("a", ones.astype(float), ones, 2)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(0, 24), "first: got no inputs"),
+        (torch.full((3, 24), float("nan")), "first: got a number that is not finite"),
+    ],
+)
+def test_inputs_without_a_range_are_blamed_on_their_layer(x: torch.Tensor, message: str) -> None:
+    weights = {"first": np.zeros((40, 24), np.int8)}
+    with pytest.raises(ValueError, match=message):
+        network_work(networks.perceptron(), {"x": x}, weights)

@@ -1,6 +1,7 @@
 """Netlists: what is read, what is written, and what is refused with its file and line."""
 
 import gzip
+import os
 import pickle
 import re
 from pathlib import Path
@@ -252,3 +253,35 @@ def test_sources_the_other_way_round_hold_and_draw_the_opposite() -> None:
     assert volts[grid.node("a")] == -1.0
     assert volts[grid.node("b")] == pytest.approx(-0.5, rel=1e-14)
     assert volts[grid.node("0")] == 0.0
+
+
+def test_names_of_files_keep_their_capitals(tmp_path: Path) -> None:
+    (tmp_path / "Caps").mkdir()
+    for name, ohm in (("Caps/A.sp", 1), ("a.sp", 2), ("A.sp", 3)):
+        (tmp_path / name).write_text(f"R{ohm} a b {ohm}\n")
+    top = tmp_path / "top.sp"
+    top.write_text(".INCLUDE Caps/A.sp\n.include A.sp\n.end\n")
+    assert spice.read(top).resistors.values.tolist() == [1.0, 3.0]
+
+
+def test_what_is_no_file_is_not_included(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    for name in ("pipe", "one", ".", "a" * 5000):
+        (tmp_path / "top.sp").write_text(f".include {name}\n.end\n")
+        with pytest.raises(spice.SpiceError, match=r"top\.sp:1: \.include: "):
+            spice.read(tmp_path / "top.sp")
+
+
+def test_files_that_multiply_each_other_end(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"{i}.sp").write_text(f".include {i + 1}.sp\n" * 10)
+    (tmp_path / "12.sp").write_text("* nothing\n")
+    with pytest.raises(spice.SpiceError, match="more than 4096 included files"):
+        spice.read(tmp_path / "0.sp")
+
+
+def test_a_byte_order_mark_and_a_comment_within_a_card_mean_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.sp").write_bytes(b"\xef\xbb\xbfR1 a b\n$ note\n+ 5\n.end\n")
+    assert spice.read(tmp_path / "a.sp").resistors.values.tolist() == [5.0]

@@ -251,15 +251,17 @@ def load_inputs(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Path(path).open("rb") as whole, np.load(whole, allow_pickle=False) as file:
             return [{name: torch.from_numpy(file[name]) for name in file.files}]
     except (OSError, TypeError, ValueError, EOFError, AttributeError, BadZipFile) as error:
         raise ValueError(f"{path}: got no whole .npz file of arrays ({error})") from None
 
 
 def _chip(chip: str | Machine) -> Machine:
-    if not isinstance(chip, str):
+    if isinstance(chip, Machine):
         return chip
+    if not isinstance(chip, str):
+        raise TypeError(f"chip: got {type(chip).__name__}, expected a name or a Machine")
     if chip not in CHIPS:
         raise ValueError(f"chip: got {chip!r}, expected one of {', '.join(CHIPS)}")
     return CHIPS[chip]

@@ -11,6 +11,8 @@ from torch import Tensor
 from quernstone.pim.api import hamming_weights
 
 _PER_STEP = 64
+# Tables grow with the price: 0.2 GB at this one, which no 8-bit code outweighs.
+_MOST_PRICE = 1e5
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Codebook:
         most = (1 << (bits - 1)) - 1
         if abs(shift) > most:
             raise ValueError(f"shift: got {shift}, expected {-most} to {most}")
-        if not 0 <= price < float("inf"):
-            raise ValueError(f"price: got {price}, expected 0 or more, finite")
+        if not 0 <= price <= _MOST_PRICE:
+            raise ValueError(f"price: got {price}, expected 0 to {_MOST_PRICE:.0f}")
         stored = np.arange(-most - 1, most + 1)
         cost = price * hamming_weights(stored, bits).astype(np.float64)
         codes = (stored - shift).astype(np.float64)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from quernstone.pim.api import hamming_rate
 from quernstone.pim.codebook import Codebook
-from quernstone.pim.lhr import hamming_regulariser_into, symmetric_scales
+from quernstone.pim.lhr import hamming_regulariser, hamming_regulariser_into, symmetric_scales
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -66,7 +66,7 @@ class FitReport:
     @property
     def cut(self) -> float:
         """Share of the ones that are gone."""
-        return 1 - self.after / self.before
+        return 1 - self.after / self.before if self.before else 0.0
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
@@ -127,7 +127,8 @@ def fit(
     Raises:
         ValueError, TypeError: an argument is not as described; a layer is shared, has been
             parametrised before or is unknown, its weights are not finite; a loss is not a finite
-            scalar, named by its step. The module then has the weights that it came with.
+            scalar with a gradient, named by its step. The module then has the parameters and
+            buffers that it came with.
 
     Source: AIM (arXiv 2511.04321), our reading: regulariser, straight-through rounding, cosine
     schedule. Rounding at a price in the forward pass is ours.
@@ -146,6 +147,7 @@ def fit(
         )
         for name, layer in chosen.items()
     }
+    kept = [(x, x.detach().clone()) for x in (*module.parameters(), *module.buffers())]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for plan in plans.values():
@@ -155,6 +157,9 @@ def fit(
         except BaseException:
             for plan in plans.values():
                 plan.undo()
+            with torch.no_grad():
+                for x, before in kept:
+                    x.copy_(before)
             raise
         return FitReport(bits, tuple(plan.end() for plan in plans.values()), losses)
 
@@ -203,6 +208,7 @@ class _Plan:
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
         self.scale = self.scales.reshape(-1, *(1,) * (weight.ndim - 1))
+        self.order = list(layer._parameters)
         self.start = 0.0
 
     @property
@@ -229,6 +235,11 @@ class _Plan:
         weight = self.weight
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
+        if not (weight.is_contiguous() and weight.grad.is_contiguous() and weight.is_cpu):
+            leaf = weight.detach().requires_grad_()
+            value = hamming_regulariser(leaf, self.scales, bits=self.bits, shift=self.shift)
+            weight.grad.add_(torch.autograd.grad(value, leaf)[0], alpha=self.ratio)
+            return
         hamming_regulariser_into(
             weight.detach(),
             self.scales,
@@ -265,6 +276,9 @@ class _Plan:
         parametrize.remove_parametrizations(self.layer, "weight", leave_parametrized=False)
         with torch.no_grad():
             parameter.copy_(weight)
+        own = self.layer._parameters
+        for name in self.order:  # as they came: optimisers know parameters by their place
+            own[name] = own.pop(name)
 
 
 def _train(
@@ -295,6 +309,8 @@ def _train(
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             raise ValueError(f"loss({step}): got {losses[-1]}, expected a finite number")
+        if not value.requires_grad:
+            raise ValueError(f"loss({step}): got no gradient, expected a loss of the parameters")
         value.backward()
         for plan in plans:
             plan.regularise()

@@ -12,6 +12,8 @@ from quernstone.pim.grid import Grid
 from quernstone.spice import GROUND, Branches, Netlist
 
 Shorts = Literal["refuse", "merge"]
+# Less, and sums of conductances are not finite in float64.
+_LEAST = 1e-290
 _PLACE = re.compile(r".*_(-?\d+)_(-?\d+)")
 
 
@@ -44,6 +46,12 @@ def grid_of(netlist: Netlist, *, shorts: Shorts = "refuse") -> Grid:
     currents = drawn(netlist, index, len(order))
     ends = (index[resistors.plus][kept], index[resistors.minus][kept])
     _refuse_floating(netlist, root, held)
+    tiny = np.flatnonzero(kept & (resistors.values < _LEAST))
+    if len(tiny):
+        ohm = resistors.values[tiny[0]]
+        raise netlist.error(
+            f"got {ohm:g} ohm, expected 0 or at least {_LEAST:g}", resistors, int(tiny[0])
+        )
     return Grid(
         len(order),
         *ends,

@@ -105,6 +105,8 @@ def hamming_regulariser_into(
         raise TypeError(f"grad.dtype: got {grad.dtype}, expected torch.float32")
     if grad.shape != weight.shape:
         raise ValueError(f"grad.shape: got {tuple(grad.shape)}, expected {tuple(weight.shape)}")
+    if abs(weight.data_ptr() - grad.data_ptr()) < weight.nbytes:
+        raise ValueError("grad: got memory of the weight, expected its own")
     if not abs(float(factor)) < float("inf"):
         raise ValueError(f"factor: got {factor}, expected a finite number")
     value: float = hamming_squared_into(

@@ -101,6 +101,12 @@ def calibrate(graph: Graph, batches: Iterable[Inputs]) -> Calibration:
             graph.run(batch, hook=watch)
     if batch is None:
         raise ValueError("batches: got none, expected at least one")
+    for weight in weights:
+        name = shared[weight.name]
+        if not columns.get(name, 0):
+            raise ValueError(f"{weight.name}: got no inputs, expected at least one column")
+        if not bool(torch.isfinite(sums[name]).all()):
+            raise ValueError(f"{weight.name}: got inputs whose squares are beyond float32")
     means = {name: total / columns[name] for name, total in sums.items()}
     hessians = {weight.name: means[shared[weight.name]] for weight in weights}
     return Calibration(
@@ -183,7 +189,8 @@ class Compressed:
     @property
     def cut(self) -> float:
         """The share of ones that is gone."""
-        return 1.0 - self.hamming_rate / self.hamming_rate_before
+        before = self.hamming_rate_before
+        return 1.0 - self.hamming_rate / before if before else 0.0
 
     @property
     def snr(self) -> float:
@@ -237,6 +244,9 @@ class Candidates:
             raise ValueError(f"bits: got {bits}, expected 2 to {MAX_BITS}")
         if shifts is None:
             shifts = sorted({int(shift * 2.0 ** (bits - 8)) for shift in SHIFTS})
+        for shift in shifts:
+            if isinstance(shift, bool) or not hasattr(shift, "__index__"):
+                raise TypeError(f"shifts: got {shift!r}, expected ints")
         low, high = checks.span(bits, signed=True)
         for name, values, least, most in (
             ("shifts", shifts, low, high),

@@ -89,7 +89,9 @@ def network_trace(work: NetworkWork | Sequence[Work], chip: Machine) -> Trace:
     """
     layers = work.layers if isinstance(work, NetworkWork) else tuple(work)
     if not layers:
-        raise ValueError("work: got no layers, expected one at least")
+        elsewhere = ", ".join(work.elsewhere) if isinstance(work, NetworkWork) else ""
+        got = f"only layers that macros do not take ({elsewhere})" if elsewhere else "no layers"
+        raise ValueError(f"work: got {got}, expected one at least")
     macro, macros = chip_macro(chip), round(chip.value("chip.macros", "1"))
     rounds: list[Round] = []
     waiting: list[tuple[int, Work, list[tuple[int, int]]]] = []

@@ -150,6 +150,9 @@ def network_work(
                 assert x is not None
                 rows, count = taken(node, x, whole.shape[2:], vectors)
                 codes = whole.reshape(len(whole), -1)
+                if not x.numel() or not bool(torch.isfinite(x).all()):
+                    got = "a number that is not finite" if x.numel() else "no inputs"
+                    raise ValueError(f"{node.name}: got {got}, expected finite numbers")
                 low, high = float(x.amin()), float(x.amax())
                 codes_in = quantised_inputs(rows, input_bits, low=low, high=high)
                 found.append(Work(node.name, codes, codes_in, count))

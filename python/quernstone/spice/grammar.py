@@ -15,6 +15,8 @@ from quernstone.spice.error import SpiceError
 
 # A chain of files this long includes itself, whatever their names say.
 _DEEPEST = 16
+# As many files would be no netlist but a chain of files that include each other many times.
+_MOST_FILES = 4096
 # The place of a card is file << 32 | line.
 PLACE_BITS = 32
 
@@ -53,6 +55,8 @@ def cards(
     """
     place = len(source.files) << PLACE_BITS
     source.files.append(name)
+    if len(source.files) > _MOST_FILES:
+        raise source.error(f"got more than {_MOST_FILES} included files, expected fewer", place + 1)
     words: list[str] = []
     at = place
     for number, line in enumerate(text.lower().split("\n"), start=1):
@@ -64,7 +68,7 @@ def cards(
         if not first.isalpha():
             line = line.lstrip()
             first = line[:1]
-            if not first or first in "*;":
+            if not first or first in "*;$":
                 continue
             if first == "+":
                 if not words:
@@ -75,12 +79,12 @@ def cards(
             if words[0][0] != ".":
                 yield words, at
             else:
-                yield from _dotted(source, words, at, depth)
+                yield from _dotted(source, text, words, at, depth)
                 if source.ended:
                     return
         words, at = _split(line), place + number
     if words:
-        yield from _dotted(source, words, at, depth)
+        yield from _dotted(source, text, words, at, depth)
 
 
 def _split(line: str) -> list[str]:
@@ -99,7 +103,7 @@ def _split(line: str) -> list[str]:
 
 
 def _dotted(
-    source: Source, words: list[str], at: int, depth: int
+    source: Source, text: str, words: list[str], at: int, depth: int
 ) -> Iterator[tuple[list[str], int]]:
     """The card, or what stands in the file that it includes; nothing of .end."""
     first = words[0]
@@ -113,12 +117,18 @@ def _dotted(
         raise source.error(f"{first}: got {len(words) - 1} words, expected the name of a file", at)
     if depth + 1 >= _DEEPEST:
         raise source.error(f"{first}: got files {_DEEPEST} deep, expected no circle", at)
-    path = _confined(source, words[1].strip("'\""), at)
+    name = _as_spelt(text, at & (1 << PLACE_BITS) - 1, words[1]).strip("'\"")
     try:
-        text = read_text(path)
+        path = _confined(source, name, at)
+        if path.exists() and not path.is_file():
+            raise source.error(f"{first}: {name}: got a folder or device, expected a file", at)
+        included = read_text(path)
     except OSError as error:
-        raise source.error(f"{first}: {path.name}: {error.strerror or error}", at) from error
-    yield from cards(source, str(path), text, title=False, depth=depth + 1)
+        raise source.error(f"{first}: {name}: {error.strerror or error}", at) from error
+    except RuntimeError as error:  # links that lead to each other, before Python 3.13
+        what = f"{first}: {name}: got a circle of links, expected a file"
+        raise source.error(what, at) from error
+    yield from cards(source, str(path), included, title=False, depth=depth + 1)
 
 
 def _confined(source: Source, name: str, at: int) -> Path:
@@ -126,7 +136,7 @@ def _confined(source: Source, name: str, at: int) -> Path:
     if source.folder is None:
         raise source.error(f".include: got {name!r}, expected none in a text without a folder", at)
     folder = source.folder.resolve()
-    path = _as_spelt(folder, name)
+    path = (folder / name).resolve()
     if not path.is_relative_to(folder):
         raise source.error(
             f".include: got {name!r}, expected a file in the netlist's folder {folder}", at
@@ -134,15 +144,10 @@ def _confined(source: Source, name: str, at: int) -> Path:
     return path
 
 
-def _as_spelt(folder: Path, name: str) -> Path:
-    """The path of a lower-case name: the file itself may be spelt with capitals."""
-    path = (folder / name).resolve()
-    if path.exists() or not path.parent.is_dir():
-        return path
-    for other in path.parent.iterdir():
-        if other.name.lower() == path.name:
-            return other.resolve()
-    return path
+def _as_spelt(text: str, line: int, word: str) -> str:
+    """A lower-case word of a line with the capitals that it is written with."""
+    written = _split(text.split("\n")[line - 1])
+    return next((other for other in written if other.lower() == word), word)
 
 
 def read_text(path: Path) -> str:
@@ -159,7 +164,7 @@ def read_text(path: Path) -> str:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise SpiceError(f"got a damaged or truncated gzip file: {error}", str(path)) from error
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     if "\0" in text:
