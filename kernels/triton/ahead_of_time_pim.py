@@ -19,7 +19,7 @@ class Build(NamedTuple):
     kernel: str
     bits: int = 8
     single: bool = True  # one scale for the whole layer
-    block: int = 4096
+    block: int = 2048
     warps: int = 8
 
 
