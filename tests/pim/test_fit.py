@@ -254,5 +254,5 @@ def test_weights_of_zeros_have_no_ones_to_cut() -> None:
 
 
 def test_a_price_whose_table_would_fill_the_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="price: got 1000000000.0, expected 0 to 100000"):
+    with pytest.raises(ValueError, match=r"price: got 1000000000\.0, expected 0 to"):
         Codebook.of(8, 0, 1e9)
