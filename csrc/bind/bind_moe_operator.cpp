@@ -15,8 +15,12 @@ using shim::Boxed;
 using shim::Tensor;
 
 constexpr const char* kSchema =
-    "moe_experts(Tensor x, Tensor ids, Tensor weights, Tensor packed, int format, int hidden, "
-    "int intermediate, int group, bool zero_points, bool integers) -> Tensor";
+    "moe_experts(Tensor x, Tensor ids, Tensor weights, Tensor packed, Tensor settings) -> Tensor";
+
+// [6] int64: one tensor, since every argument of an operator costs a call a fraction of a us.
+namespace setting {
+enum : std::size_t { kFormat, kHidden, kIntermediate, kGroup, kZeroPoints, kIntegers, kCount };
+}
 
 void expect(const Tensor& x, const char* device, const char* ndim, std::int64_t want) {
     if (!x.on_cpu()) {
@@ -62,24 +66,34 @@ bf16 narrow(float x) noexcept {
 
 void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
     const auto tensor = [stack](int i) { return Tensor(reinterpret_cast<shim::Handle>(stack[i])); };
-    const Tensor x = tensor(0), ids = tensor(1), weights = tensor(2), packed = tensor(3);
+    const Tensor x = tensor(0), ids = tensor(1), weights = tensor(2), packed = tensor(3),
+                 settings = tensor(4);
     expect(x, "x.device", "x.ndim", 2);
     expect(ids, "ids.device", "ids.ndim", 2);
     expect(weights, "weights.device", "weights.ndim", 2);
     expect(packed, "packed.device", "packed.ndim", 1);
+    expect(settings, "settings.device", "settings.ndim", 1);
+    expect_dtype(settings, "settings.dtype", shim::dtype::kInt64);
+    if (settings.shape()[0] != setting::kCount || settings.strides()[0] != 1) {
+        raise(invalid("settings.shape[0]", settings.shape()[0], "", setting::kCount));
+    }
     expect_dtype(ids, "ids.dtype", shim::dtype::kInt64);
     expect_dtype(weights, "weights.dtype", shim::dtype::kFloat32);
     const bool narrowed = x.dtype() == shim::dtype::kBFloat16;
     if (!narrowed) {
         expect_dtype(x, "x.dtype", shim::dtype::kFloat32);
     }
-    const auto format = shim::unbox<std::int64_t>(stack[4]);
+    const auto* given = static_cast<const std::int64_t*>(settings.data());
+    const std::int64_t format = given[setting::kFormat];
     if (format < 0 || format > static_cast<std::int64_t>(gemm::Format::kInt4)) {
         raise(invalid("format", format, "0 to 2"));
     }
-    moe::Experts of{static_cast<gemm::Format>(format),   1,
-                    shim::unbox<std::int64_t>(stack[5]), shim::unbox<std::int64_t>(stack[6]),
-                    shim::unbox<std::int64_t>(stack[7]), shim::unbox<bool>(stack[8])};
+    moe::Experts of{static_cast<gemm::Format>(format),
+                    1,
+                    given[setting::kHidden],
+                    given[setting::kIntermediate],
+                    given[setting::kGroup],
+                    given[setting::kZeroPoints] != 0};
     raise(moe::check(of));
     of.data = static_cast<const std::byte*>(packed.data());
     of.count = packed.shape()[0] / of.expert_bytes();
@@ -91,7 +105,8 @@ void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
     }
     const std::int64_t shape[] = {x.shape()[0], x.shape()[1]};
     Tensor out = shim::empty(2, shape, x.dtype());
-    const auto compute = shim::unbox<bool>(stack[9]) ? gemm::Compute::kInt8 : gemm::Compute::kFloat;
+    const auto compute =
+        given[setting::kIntegers] != 0 ? gemm::Compute::kInt8 : gemm::Compute::kFloat;
     const auto id = view<const std::int64_t>(ids);
     const auto weight = view<const float>(weights);
     const std::int64_t tokens = shape[0], width = shape[1];

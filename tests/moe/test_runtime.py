@@ -24,6 +24,7 @@ from quernstone.moe import (
 )
 from quernstone.moe.cache.policies import POLICIES as CACHES
 from quernstone.moe.schedule import POLICIES
+from quernstone.moe.torch_op import operands
 
 COUNT, HIDDEN, WIDE, TOP = 8, 40, 48, 3
 NAMES = ("first", "second", "third")
@@ -256,3 +257,34 @@ def portable(run: Callable[[], Tensor]) -> Tensor:
         return run()
     finally:
         set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_and_traced_the_operator_gives_what_it_gives_called(dtype: torch.dtype) -> None:
+    experts = make_layers()["first"]
+    x, ids, weights, _ = make_call(torch.Generator().manual_seed(5), 3)
+    module, x = HybridMoE(experts), x.to(dtype)
+    packed, settings = operands(experts)
+    torch.library.opcheck(
+        torch.ops.quernstone.moe_experts.default, (x, ids, weights, packed, settings)
+    )
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, ids, weights), module(x, ids, weights))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (torch.zeros(5, dtype=torch.int64), "settings.shape"),
+        (torch.zeros(6), "settings.dtype"),
+        (torch.tensor([3, HIDDEN, WIDE, 32, 0, 1]), "format"),
+        (torch.tensor([2, HIDDEN, WIDE - 16, 32, 0, 1]), "packed.shape"),
+    ],
+)
+def test_the_operator_refuses_settings_that_its_experts_cannot_have(
+    settings: Tensor, error: str
+) -> None:
+    packed, _ = operands(make_layers()["first"])
+    x, ids, weights, _ = make_call(torch.Generator().manual_seed(5), 1)
+    with pytest.raises(ValueError, match=error):
+        torch.ops.quernstone.moe_experts.default(x, ids, weights, packed, settings)

@@ -90,6 +90,8 @@ class Runtime:
         self._prefetch = prefetch
         self._slots = _slots(slots, self._experts)
         self._core: _core.moe.Runtime | None = None
+        self._emulated: _core.moe.EmulatedDevice | None = None
+        """Where a step is one call instead of many."""
         self._lock = threading.Lock()
         self._recording: Recording | None = None
         self._closed = False
@@ -110,6 +112,8 @@ class Runtime:
             used = costs or device.costs(self._experts[0].shape)
             self._paced = device.emulated
             self._core = _planner(used, device, self._experts, self._slots, policy, cache)
+            if isinstance(device, EmulatedDevice) and not prefetch:
+                self._emulated = device.core
             for layer, count in enumerate(self._slots):
                 self._bring(layer, range(count))
         except BaseException:
@@ -196,7 +200,7 @@ class Runtime:
         """Ends the workers and gives the device back; may be called twice."""
         with self._lock:
             self._closed = True
-            self._core = None
+            self._core = self._emulated = None
             if self.device is not None:
                 self.device.close()
 
@@ -228,6 +232,8 @@ class Runtime:
         with self._lock:
             core, device = self._opened()
             try:
+                if self._emulated is not None:
+                    return self._step_in_one(core, self._emulated, layer, x, ids, weights, scores)
                 return self._step(core, device, layer, x, ids, weights, scores)
             except BaseException:
                 # Whatever was queued may still run and nobody knows what a slot holds.
@@ -282,6 +288,38 @@ class Runtime:
         out = torch.empty(rows.shape)
         core.combine(None if found is None else found.numpy(), out.numpy())
         core.finish()
+        if self._recording is not None:
+            self._recording.add(core, layer, begun, time.perf_counter())
+        return out.to(x.device, x.dtype)
+
+    def _step_in_one(
+        self,
+        core: _core.moe.Runtime,
+        device: _core.moe.EmulatedDevice,
+        layer: int,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        scores: Tensor | None,
+    ) -> Tensor:
+        """`_step` with an emulated device that prefetches nothing."""
+        begun = time.perf_counter()
+        device.begin()
+        rows = x.detach().float().cpu().contiguous()
+        out = torch.empty(rows.shape)
+        core.step(
+            device,
+            layer,
+            ids.detach().cpu().numpy(),
+            weights.detach().cpu().numpy(),
+            None if scores is None else scores.detach().float().cpu().numpy(),
+            begun,
+            self._layouts[layer],
+            self._experts[layer].data,
+            rows.numpy(),
+            self._computes[layer],
+            out.numpy(),
+        )
         if self._recording is not None:
             self._recording.add(core, layer, begun, time.perf_counter())
         return out.to(x.device, x.dtype)
@@ -457,8 +495,8 @@ def check_call(x: Any, ids: Any, weights: Any, hidden: int) -> None:
             raise ValueError(f"{name}.ndim: got {value.ndim}, expected 2")
     if x.shape[1] != hidden:
         raise ValueError(f"x.shape[1]: got {x.shape[1]}, expected {hidden}")
-    if len(ids) != len(x):
-        raise ValueError(f"ids.shape[0]: got {len(ids)}, expected {len(x)}")
+    if ids.shape[0] != x.shape[0]:
+        raise ValueError(f"ids.shape[0]: got {ids.shape[0]}, expected {x.shape[0]}")
 
 
 def _check_layers(layers: Any, reproducible: bool) -> None:

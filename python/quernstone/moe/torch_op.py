@@ -26,15 +26,14 @@ def _fake(x: Tensor, *others: Any) -> Tensor:
 torch.library.register_fake("quernstone::moe_experts", _fake)
 
 
-def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function of x, ids and weights that computes these experts as they compute themselves."""
+def operands(experts: Experts) -> tuple[Tensor, Tensor]:
+    """The operator's last two: the bytes of the experts, which it shares, and their settings."""
     shape = experts.shape
     with warnings.catch_warnings():
         # A mapped file cannot be written, and the kernel does not.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         packed = torch.from_numpy(experts.data)
     settings = (
-        packed,
         _FORMATS[shape.format],
         shape.hidden,
         shape.intermediate,
@@ -42,12 +41,18 @@ def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]
         shape.zero_points,
         experts.compute == "int8",
     )
+    return packed, torch.tensor(settings, dtype=torch.int64)
+
+
+def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function of x, ids and weights that computes these experts as they compute themselves."""
+    packed, settings = operands(experts)
     operator = torch.ops.quernstone.moe_experts.default
 
     def call(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if x.requires_grad or weights.requires_grad:
             x, weights = x.detach(), weights.detach()
-        found: Tensor = operator(x, ids, weights, *settings)
+        found: Tensor = operator(x, ids, weights, packed, settings)
         return found
 
     return call
