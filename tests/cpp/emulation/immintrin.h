@@ -53,6 +53,20 @@ __m256bh emulated_cvtneps_pbh(__m512 a) noexcept {
     return emulated_cast<__m256bh>(out);
 }
 
+// VPTESTNMB: the bytes that have no bit in common.
+inline std::uint64_t emulated_testn_epi8_mask(__m512i a, __m512i b) noexcept {
+    const auto left = emulated_cast<EmulatedLanes<std::uint8_t>>(a);
+    const auto right = emulated_cast<EmulatedLanes<std::uint8_t>>(b);
+    std::uint64_t mask = 0;
+    for (unsigned i = 0; i < 64; ++i) {
+        mask |= static_cast<std::uint64_t>((left.lane[i] & right.lane[i]) == 0) << i;
+    }
+    return mask;
+}
+
+// VMOVNTPS: what it does to the caches is not emulated.
+inline void emulated_stream_ps(float* to, __m512 a) noexcept { std::memcpy(to, &a, sizeof a); }
+
 __m256i emulated_cvtepi32_epi16(__m512i a) noexcept {
     const auto in = emulated_cast<EmulatedLanes<std::uint32_t>>(a);
     std::uint16_t out[16];
@@ -181,3 +195,5 @@ inline void emulated_tile_dpbuud(int sums, int a, int b) noexcept {
 #define _tile_dpbssd(sums, a, b) emulated_tile_dpbssd(sums, a, b)
 #define _mm512_cvtneps_pbh(a) emulated_cvtneps_pbh(a)
 #define _mm512_cvtepi32_epi16(a) emulated_cvtepi32_epi16(a)
+#define _mm512_testn_epi8_mask(a, b) emulated_testn_epi8_mask(a, b)
+#define _mm512_stream_ps(to, a) emulated_stream_ps(to, a)
