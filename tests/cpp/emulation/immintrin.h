@@ -11,6 +11,7 @@
 #include <simde/x86/avx512.h>
 
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -62,6 +63,41 @@ inline std::uint64_t emulated_testn_epi8_mask(__m512i a, __m512i b) noexcept {
         mask |= static_cast<std::uint64_t>((left.lane[i] & right.lane[i]) == 0) << i;
     }
     return mask;
+}
+
+inline std::int64_t emulated_reduce_add_epi64(__m512i a) noexcept {
+    const auto in = emulated_cast<EmulatedLanes<std::uint64_t>>(a);
+    std::uint64_t sum = 0;
+    for (const std::uint64_t lane : in.lane) {
+        sum += lane;
+    }
+    return static_cast<std::int64_t>(sum);
+}
+
+// VCVTPS2DQ with a rounding of its own; what fits no integer becomes the lowest.
+inline __m512i emulated_cvt_roundps_epi32(__m512 a, int rounding) noexcept {
+    const auto in = emulated_cast<EmulatedLanes<float>>(a);
+    EmulatedLanes<std::int32_t> out;
+    for (unsigned i = 0; i < 16; ++i) {
+        const float x = in.lane[i];
+        const int how = rounding & 3;
+        const float y = how == 0   ? std::nearbyint(x)
+                        : how == 1 ? std::floor(x)
+                        : how == 2 ? std::ceil(x)
+                                   : std::trunc(x);
+        const bool fits = y >= -2147483648.0F && y < 2147483648.0F;
+        out.lane[i] = fits ? static_cast<std::int32_t>(y) : INT32_MIN;
+    }
+    return emulated_cast<__m512i>(out);
+}
+
+inline __m128i emulated_cvtepi32_epi8(__m512i a) noexcept {
+    const auto in = emulated_cast<EmulatedLanes<std::uint32_t>>(a);
+    std::uint8_t out[16];
+    for (int i = 0; i < 16; ++i) {
+        out[i] = static_cast<std::uint8_t>(in.lane[i]);
+    }
+    return emulated_cast<__m128i>(out);
 }
 
 // VMOVNTPS: what it does to the caches is not emulated.
@@ -197,3 +233,6 @@ inline void emulated_tile_dpbuud(int sums, int a, int b) noexcept {
 #define _mm512_cvtepi32_epi16(a) emulated_cvtepi32_epi16(a)
 #define _mm512_testn_epi8_mask(a, b) emulated_testn_epi8_mask(a, b)
 #define _mm512_stream_ps(to, a) emulated_stream_ps(to, a)
+#define _mm512_reduce_add_epi64(a) emulated_reduce_add_epi64(a)
+#define _mm512_cvt_roundps_epi32(a, rounding) emulated_cvt_roundps_epi32(a, rounding)
+#define _mm512_cvtepi32_epi8(a) emulated_cvtepi32_epi8(a)
