@@ -275,10 +275,11 @@ class Emulated {
         return out;
     }
 
-    moe::EmulatedDevice device_;
-
    private:
-    std::vector<Array<std::uint8_t>> kept_;
+    std::vector<Array<std::uint8_t>> kept_;  // until the device, which reads there, is gone
+
+   public:
+    moe::EmulatedDevice device_;
 };
 
 // Seconds of each round trip to a worker that is parked when its task is posted.
