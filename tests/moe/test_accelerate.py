@@ -230,6 +230,19 @@ class TestCompiledDecoder:
         got.to(torch.bfloat16)
         assert logits(got, tokens(1)).dtype is torch.bfloat16
 
+    def test_another_output_layer_is_used(self) -> None:
+        got = accelerate(compiled("mixtral"), linear="int8", attention="quernstone")
+        got.lm_head = torch.nn.Linear(64, 7)
+        assert logits(got, tokens(1)).shape == (1, 9, 7)
+
+    def test_goes_on_from_a_cache_of_the_model_it_was(self) -> None:
+        model, ids = compiled("mixtral", num_key_value_heads=2), tokens(1)
+        got = accelerate(copy.deepcopy(model), format="bf16", linear="bf16", attention="quernstone")
+        cache = model(ids[:, :5]).past_key_values  # with gradients
+        with torch.no_grad():
+            found = got(ids[:, 5:], past_key_values=cache).logits
+        assert relative(found, logits(twin(model, got), ids)[:, 5:]) < 0.05
+
     def test_logits_are_those_asked_for(self) -> None:
         got = accelerate(compiled("olmoe"), linear="int8", attention="quernstone")
         ids = tokens(1)

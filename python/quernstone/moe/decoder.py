@@ -79,6 +79,10 @@ class Decoder:
         # Of steps of one token that do not run; each step has one to itself.
         self._rooms: list[_Room] = []
 
+    def holds(self, model: Any) -> bool:
+        """Whether a model has the embedding and the output layer that it had."""
+        return model.lm_head is self._head and model.model.embed_tokens is self._embedding
+
     def takes(
         self,
         input_ids: Tensor | None,

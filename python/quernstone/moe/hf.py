@@ -378,7 +378,9 @@ def _forward(kind: Any, steps: Any) -> Any:
             "output_router_logits": output_router_logits,
             **kwargs,
         }
-        if steps.takes(input_ids, cache, attention_mask, position_ids, logits_to_keep, others):
+        if steps.holds(self) and steps.takes(
+            input_ids, cache, attention_mask, position_ids, logits_to_keep, others
+        ):
             logits = steps(input_ids, cache, logits_to_keep)
             return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
         return kind.forward(

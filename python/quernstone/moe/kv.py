@@ -78,8 +78,8 @@ class GrowingLayer(DynamicLayer):
             if past:
                 assert self.keys is not None
                 assert self.values is not None
-                made[0][:, :, :past].copy_(self.keys)
-                made[1][:, :, :past].copy_(self.values)
+                made[0][:, :, :past].copy_(self.keys.detach())
+                made[1][:, :, :past].copy_(self.values.detach())
             buffers = self._buffers = (made[0], made[1])
             self._arrays = None
         if not self.is_initialized:
