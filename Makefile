@@ -67,6 +67,7 @@ gpu:
 gpu-check: .venv/built
 	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time
 	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time_moe
+	$(BIN)/python -m quernstone.kernels.triton.ahead_of_time_pim
 
 wheel: .venv/packages
 	rm -rf dist

@@ -20,7 +20,7 @@ pim::Integers integers(const py::array& array, const char* name) {
     }
     const std::int64_t size = narrow ? 1 : 2;
     const auto last = array.ndim() - 1;
-    if (array.shape(last) > 1 && array.strides(last) != size) {
+    if (array.size() > 0 && array.shape(last) > 1 && array.strides(last) != size) {
         raise(invalid(name, "a strided last axis", "a contiguous last axis"));
     }
     pim::Integers out;
@@ -35,7 +35,7 @@ pim::Integers integers(const py::array& array, const char* name) {
 template <class T, int N>
 View<T, N> rows_out(Array<T>& array, const char* name) {
     const auto out = output<T, N>(array, name);
-    if (out.extent[N - 1] > 1 && out.stride[N - 1] != 1) {
+    if (array.size() > 0 && out.extent[N - 1] > 1 && out.stride[N - 1] != 1) {
         raise(invalid(name, "a strided last axis", "a contiguous last axis"));
     }
     return out;

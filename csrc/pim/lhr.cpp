@@ -28,6 +28,7 @@ const Kernels& active_kernels() noexcept {
             return avx2::kKernels;
         case Isa::kAvx512:
         case Isa::kAvx512Bf16Vnni:
+        case Isa::kAvx512Amx:
             return avx512::kKernels;
     }
 #endif

@@ -25,10 +25,12 @@ def ones(code, MASK: tl.constexpr):
 def inverse_scale(scales, at, present, width, group, scale_stride, SINGLE: tl.constexpr):
     """1 / scale of each weight; `scale_stride` is 0 where the channels share them."""
     if SINGLE:
-        return 1.0 / tl.load(scales)
-    row = at // width
-    index = row * scale_stride + (at - row * width) // group
-    return 1.0 / tl.load(scales + index, mask=present, other=1.0)
+        scale = tl.load(scales)
+    else:
+        row = at // width
+        index = row * scale_stride + (at - row * width) // group
+        scale = tl.load(scales + index, mask=present, other=1.0)
+    return 1.0 / scale
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def test_nan_in_nan_out(interpreter: ProcessPoolExecutor) -> None:
 
 
 def compiled(kernel: str, bits: int, single: bool, chip: int) -> tuple[int, int]:
-    from quernstone.kernels.triton import pim_ahead_of_time as ahead
+    from quernstone.kernels.triton import ahead_of_time_pim as ahead
 
     return ahead.compile_for(ahead.Build(kernel, bits, single), chip)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quernstone.kernels.triton import pim as kernels
 
-BLOCK = 4096
+BLOCK = 2048
 WARPS = 8
 # An option of the compiler, whose default is about to change: positions are products and sums with
 # two roundings each, as on the CPU.

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quernstone.kernels.triton import pim
-from quernstone.kernels.triton.ahead_of_time import _resources
+from quernstone.kernels.triton.ahead_of_time import resources
 from quernstone.kernels.triton.attention_configs import CHIPS
 
 KERNELS = {"forward": pim._lhr_fwd_kernel, "backward": pim._lhr_bwd_kernel}
@@ -19,7 +19,7 @@ class Build(NamedTuple):
     kernel: str
     bits: int = 8
     single: bool = True  # one scale for the whole layer
-    block: int = 4096
+    block: int = 2048
     warps: int = 8
 
 
@@ -42,7 +42,7 @@ def compile_for(build: Build, capability: int) -> tuple[int, int]:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": build.warps, "enable_fp_fusion": False},
     )
-    return _resources(compiled.asm["cubin"])
+    return resources(compiled.asm["cubin"])
 
 
 def main() -> int:
