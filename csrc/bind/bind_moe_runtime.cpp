@@ -112,10 +112,11 @@ class Emulated {
         return out;
     }
 
-    moe::EmulatedDevice device_;
-
    private:
-    std::vector<Array<std::uint8_t>> kept_;
+    std::vector<Array<std::uint8_t>> kept_;  // until the device, which reads there, is gone
+
+   public:
+    moe::EmulatedDevice device_;
 };
 
 // A planner with the memory of the step that it plans.

@@ -1,12 +1,15 @@
 #include "common/executor.h"
 
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <system_error>
 
 #include "common/parallel.h"
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+
 #include <csignal>
 #endif
 
@@ -16,6 +19,14 @@ namespace {
 std::atomic<int>& workers_in_step() noexcept {
     static std::atomic<int> count{0};
     return count;
+}
+
+long this_process() noexcept {
+#if defined(__unix__) || defined(__APPLE__)
+    return getpid();
+#else
+    return 0;
+#endif
 }
 
 // A thread inherits the mask of the one that starts it.
@@ -64,9 +75,21 @@ void Progress::nudge() noexcept {
     wake_.notify_all();
 }
 
+// To destroy a condition would wait for those who are parked there.
+void Progress::renew() noexcept {
+    std::construct_at(&mutex_);
+    std::construct_at(&wake_);
+}
+
+bool Worker::forked() const noexcept { return running() && process_ != this_process(); }
+
 Worker::~Worker() {
     end_step();
-    if (running()) {
+    if (forked()) {
+        std::construct_at(&thread_);  // there is none to join
+        arrivals_.renew();
+        done_.renew();
+    } else if (running()) {
         dropping_.store(true, std::memory_order_release);
         stopping_.store(true, std::memory_order_release);
         arrivals_.nudge();
@@ -82,6 +105,7 @@ Status Worker::start() noexcept {
         queue_ = std::make_unique<std::array<Task, kQueue>>();
         const NoSignals blocked;
         thread_ = std::thread([this] { run(); });
+        process_ = this_process();
     } catch (const std::bad_alloc&) {
         return no_memory("queue of a worker", static_cast<std::int64_t>(kQueue * sizeof(Task)));
     } catch (const std::system_error&) {
@@ -91,7 +115,7 @@ Status Worker::start() noexcept {
 }
 
 void Worker::begin_step() noexcept {
-    if (!in_step_.exchange(true)) {
+    if (!forked() && !in_step_.exchange(true)) {
         workers_in_step().fetch_add(1);
         arrivals_.nudge();  // from its park, while the work is still being chosen
     }
@@ -105,6 +129,9 @@ void Worker::end_step() noexcept {
 
 std::uint64_t Worker::post(const Task& task) noexcept {
     const std::uint64_t index = posted_.load(std::memory_order_relaxed);
+    if (forked()) {
+        return index;
+    }
     if (index >= kQueue) {
         await(index - kQueue + 1);
     }
@@ -119,12 +146,15 @@ void Worker::await(std::uint64_t ticket) noexcept {
 }
 
 bool Worker::await_for(std::uint64_t ticket, Clock::duration most) noexcept {
-    return done_.wait(ticket, true, most, [] { return false; });
+    return forked() || done_.wait(ticket, true, most, [] { return false; });
 }
 
 Status Worker::finish() noexcept {
     await(posted());
     dropping_.store(false, std::memory_order_release);
+    if (forked()) {
+        return invalid("worker", "a process that was forked", "the one that started it");
+    }
     if (!failed()) {
         return {};
     }

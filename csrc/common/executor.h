@@ -54,6 +54,8 @@ class Progress {
     void advance(std::uint64_t to) noexcept;
     // Wakes the parked, to look at whatever else they wait for.
     void nudge() noexcept;
+    // As new, where those who are parked are no more.
+    void renew() noexcept;
     // True when the count is `least`; false after `most`, or as soon as `enough()` after a nudge.
     template <class Enough>
     bool wait(std::uint64_t least, bool spin, Clock::duration most, const Enough& enough) noexcept;
@@ -70,6 +72,7 @@ class Progress {
 // Between steps it is parked. From `begin_step` to `end_step` it spins for kSpin before it parks, and
 // takes one from the threads that parallel_for may use (threads_left). One thread posts at a time.
 // A task that fails, or throws, ends what is queued: the rest is dropped until `finish` has told.
+// A process that is forked has the object without the thread: it drops all, and `finish` tells so.
 class Worker {
    public:
     static constexpr std::size_t kQueue = 4096;
@@ -113,6 +116,7 @@ class Worker {
     [[nodiscard]] bool failed() const noexcept { return failed_.load(std::memory_order_acquire); }
 
    private:
+    [[nodiscard]] bool forked() const noexcept;
     void run() noexcept;
     void perform(const Task& task) noexcept;
 
@@ -122,6 +126,7 @@ class Worker {
     std::atomic<bool> in_step_{false}, stopping_{false}, dropping_{false}, failed_{false};
     Status error_;  // of the first failure; failed_ says whether it is there
     std::thread thread_;
+    long process_ = 0;  // that started the thread
 };
 
 // Threads for parallel_for beside the workers whose steps are on: one at least.

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from quernstone.moe import AdaptiveGating, Experts, accelerate, drop_experts, record_routing
+from quernstone.moe import (
+    PRESETS,
+    AdaptiveGating,
+    CostModel,
+    EmulatedDevice,
+    Experts,
+    ExpertsShape,
+    accelerate,
+    drop_experts,
+    record_routing,
+)
 from quernstone.moe.routing import moe_blocks
 from quernstone.quant import PackedLinear
 from tests.moe.hf_tiny import MODELS, relative, tiny, tokens, twin, typical
@@ -178,6 +190,59 @@ class TestCompiledDecoder:
             after = got(ids[:, 5:], past_key_values=cache).logits
         assert torch.equal(after, logits(got, ids)[:, 5:])
 
+    @pytest.mark.parametrize(
+        "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+    )
+    def test_a_copied_cache_goes_on_by_itself(self, copied: Callable[[Any], Any]) -> None:
+        got = accelerate(compiled("mixtral"), linear="int8", attention="quernstone")
+        ids = tokens(1)
+        whole = logits(got, ids)
+        with torch.no_grad():
+            cache = got(ids[:, :5]).past_key_values
+            other = copied(cache)
+            other.layers = [copied(layer) for layer in other.layers]
+            assert got.quernstone.compiled
+            got(ids[:, 2:4], past_key_values=other)
+            again = copied(cache)
+            again.layers = [copied(layer) for layer in again.layers]
+            assert torch.equal(got(ids[:, 5:], past_key_values=again).logits, whole[:, 5:])
+            assert torch.equal(got(ids[:, 5:], past_key_values=cache).logits, whole[:, 5:])
+
+    @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+    def test_torchs_default_dtype_changes_nothing(self, default: torch.dtype) -> None:
+        model, ids = compiled("qwen2_moe"), tokens(2)
+        device = EmulatedDevice("rtx4090", factor=1e-3)
+        settings: dict[str, Any] = {"linear": "int8", "attention": "quernstone"}
+        want = logits(accelerate(copy.deepcopy(model), **settings), ids[:1])
+        torch.set_default_dtype(default)
+        try:
+            got = accelerate(model, device=device, cache="lru", **settings)
+            found = logits(got, ids[:1])
+            logits(got, ids)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        got.quernstone.close()
+        assert torch.equal(found, want)
+
+    def test_a_model_that_is_cast_goes_through_transformers(self) -> None:
+        got = accelerate(compiled("mixtral"), linear="int8", attention="quernstone")
+        assert got.quernstone.compiled
+        got.to(torch.bfloat16)
+        assert logits(got, tokens(1)).dtype is torch.bfloat16
+
+    def test_another_output_layer_is_used(self) -> None:
+        got = accelerate(compiled("mixtral"), linear="int8", attention="quernstone")
+        got.lm_head = torch.nn.Linear(64, 7)
+        assert logits(got, tokens(1)).shape == (1, 9, 7)
+
+    def test_goes_on_from_a_cache_of_the_model_it_was(self) -> None:
+        model, ids = compiled("mixtral", num_key_value_heads=2), tokens(1)
+        got = accelerate(copy.deepcopy(model), format="bf16", linear="bf16", attention="quernstone")
+        cache = model(ids[:, :5]).past_key_values  # with gradients
+        with torch.no_grad():
+            found = got(ids[:, 5:], past_key_values=cache).logits
+        assert relative(found, logits(twin(model, got), ids)[:, 5:]) < 0.05
+
     def test_logits_are_those_asked_for(self) -> None:
         got = accelerate(compiled("olmoe"), linear="int8", attention="quernstone")
         ids = tokens(1)
@@ -321,3 +386,33 @@ class TestRefusals:
         with got.quernstone as handle:
             assert isinstance(next(iter(handle.experts.values())), Experts)
         got.quernstone.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"slots": [1]},
+        {"slots": -1, "device": EmulatedDevice("rtx4090")},
+        {"format": "bf16", "reproducible": True},
+        {"compute": "float", "reproducible": True},
+        {"format": "bf16", "linear": "int4", "clips": 0},
+        {"format": "bf16", "linear": "int4", "group": 48},
+        {"clips": "many"},
+        {"zero_points": 3},
+        {"device": 3},
+        {"costs": CostModel.of_machine(PRESETS["rtx4090"], ExpertsShape(1, 32, 32))},
+    ],
+)
+def test_a_setting_that_is_refused_leaves_the_model_as_it_was(settings: dict[str, Any]) -> None:
+    model, ids = tiny("mixtral"), tokens()
+    want = logits(model, ids)
+    with pytest.raises((ValueError, TypeError), match=f"{[*settings][-1]}|compute|slots|device"):
+        accelerate(model, **settings)
+    assert torch.equal(logits(model, ids), want)
+
+
+def test_an_accelerated_model_is_neither_copied_nor_pickled() -> None:
+    got = accelerate(tiny("mixtral"))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="accelerated one, which cannot be copied"):
+            copied(got)

@@ -221,12 +221,16 @@ def test_a_system_that_pins_no_more_is_told_of_the_other_way() -> None:
 
 def test_reproducible_experts_all_go_to_the_kernels_with_the_bits_of_the_cpu() -> None:
     device, backend = opened()
+    with pytest.raises(ValueError, match="device: got one that a runtime has open"):
+        device.open(LAYERS, SLOTS, STAGING, reproducible=True)
+    device.close()
     device.open(LAYERS, SLOTS, STAGING, reproducible=True)
     device.load(0, 1, 0)
     device.compute(0, X, [Work(1, 0, np.arange(12))])
     device.collect()
     assert backend.kinds == [("few", [12])]
     narrow = layers(ExpertsShape(2, 32, 32, "bf16", 0))
+    device.close()
     with pytest.raises(ValueError, match=r"layers\[0\]: got 'bf16'"):
         device.open(narrow, SLOTS, STAGING, reproducible=True)
 

@@ -184,7 +184,7 @@ class TestBadInput:
         whole = tmp_path / "whole"
         shutil.copytree(folders[0], whole)
         config = json.loads((whole / "config.json").read_text())
-        for key, words in (("intermediate_size", "gate.shape"), ("vocab_size", "embed_tokens")):
+        for key, words in (("intermediate_size", "w1: got"), ("vocab_size", "embed_tokens")):
             (whole / "config.json").write_text(json.dumps({**config, key: 2 * config[key]}))
             with pytest.raises(ValueError, match=words):
                 pack_checkpoint(whole, tmp_path / "packed")
@@ -232,6 +232,84 @@ class TestBadInput:
         config["num_local_experts"] = 7
         (packed / "config.json").write_text(json.dumps(config))
         manifest["files"]["config.json"] = (packed / "config.json").stat().st_size
+        manifest.pop("crc32")
         (packed / MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=r"experts\.qse: model\.layers\.0\.mlp: got"):
             load_packed(packed)
+
+
+def test_a_byte_that_changed_in_any_file_is_told(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("layer-00001.safetensors", REST, "config.json"):
+        packed = tmp_path / name
+        shutil.copytree(folders[1], packed)
+        content = bytearray((packed / name).read_bytes())
+        content[-9] ^= 0x11
+        (packed / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            load_packed(packed)
+
+
+def changed(folder: Path, to: Path, tensors: dict[str, torch.Tensor], drop: str = "-") -> Path:
+    """A copy of a checkpoint, in one file, with other tensors."""
+    from safetensors.torch import load_file, save_file
+
+    to.mkdir()
+    shutil.copyfile(folder / "config.json", to / "config.json")
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    kept = {name: x for name, x in {**found, **tensors}.items() if drop not in name}
+    save_file(kept, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+OLD = "model.layers.1.block_sparse_moe.experts"
+NEW = "model.layers.1.mlp.experts"
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"{OLD}.6.w1.weight": torch.zeros(48, 64)}, "experts.6.w1, expected 6 experts"),
+        ({f"{OLD}.3.w2.weight": torch.zeros(48, 64)}, r"experts.3.w2: got \(48, 64\), expected"),
+        ({f"{NEW}.gate_up_proj": torch.zeros(5, 96, 64)}, r"gate_up_proj: got \(5, 96, 64\)"),
+        ({f"{NEW}.gate_up_proj": torch.zeros(9, 96, 64)}, r"gate_up_proj: got \(9, 96, 64\)"),
+        ({f"{NEW}.gate_up_proj": torch.zeros(6, 96, 64)}, "got no .*down_proj"),
+        ({NORM: torch.ones(64, dtype=torch.int8)}, "norm.weight: got torch.int8"),
+        ({NORM: torch.ones(64, dtype=torch.float16)}, "norm.weight: got torch.float16"),
+        (
+            {f"{OLD}.3.w2.weight": torch.zeros(64, 48, dtype=torch.float8_e4m3fn)},
+            "w2.weight: got torch.float8_e4m3fn",
+        ),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_refused_by_name(
+    folders: tuple[Path, Path], tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    source = changed(folders[0], tmp_path / "changed", tensors)
+    with pytest.raises(ValueError, match=message):
+        pack_checkpoint(source, tmp_path / "packed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("quantization_config", {"quant_method": "fp8"}, "model: got one that is quantised"),
+        ("hidden_size", 0, "config.json"),
+        ("hidden_size", "wide", "config.json"),
+        ("num_local_experts", -1, "config.json"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(
+    folders: tuple[Path, Path], tmp_path: Path, name: str, value: Any, message: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folders[0], source)
+    about = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**about, name: value}))
+    with pytest.raises(ValueError, match=message):
+        pack_checkpoint(source, tmp_path / "packed")

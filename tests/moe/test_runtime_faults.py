@@ -126,23 +126,118 @@ def test_a_closed_runtime_refuses(layers: dict[str, Experts]) -> None:
         runtime.layer("first")(*call)
 
 
+def test_a_runtime_without_a_device_is_closed_too(layers: dict[str, Experts]) -> None:
+    with Runtime(layers) as runtime:
+        pass
+    with pytest.raises(ValueError, match="runtime: got one that is closed"):
+        runtime.layer("first")(*make_call(torch.Generator().manual_seed(1), 1))
+
+
+def test_a_device_belongs_to_one_runtime(layers: dict[str, Experts]) -> None:
+    call = make_call(torch.Generator().manual_seed(1), 3)
+    device = EmulatedDevice(COSTS, factor=AT_ONCE)
+    with Runtime(layers, device, cache="lru", slots=2) as runtime:
+        with pytest.raises(ValueError, match="device: got one that a runtime has open"):
+            Runtime(dict(reversed(layers.items())), device)
+        assert torch.equal(runtime.layer("first")(*call), layers["first"](*call[:3]))
+    with Runtime(layers, device, cache="lru") as runtime:
+        assert torch.equal(runtime.layer("third")(*call), layers["third"](*call[:3]))
+
+
+class InterruptedTwice(Failing):
+    """Ctrl-C once more while the step is given up, when slots hold anything."""
+
+    def abort(self) -> None:
+        super().abort()
+        if self.error is not None and not self.told:
+            self.told = True
+            for slot in range(COUNT):
+                EmulatedDevice.load(self, 0, 0, slot)
+            raise KeyboardInterrupt
+
+    told = False
+
+
+@pytest.mark.parametrize("at", ["compute", "collect"])
+def test_a_second_interrupt_leaves_nothing_that_is_taken_for_loaded(
+    layers: dict[str, Experts], at: str
+) -> None:
+    device = InterruptedTwice(at, KeyboardInterrupt())
+    call = make_call(torch.Generator().manual_seed(1), 3)
+    with Runtime(layers, device, policy="fixed", cache="lru", slots=COUNT) as runtime:
+        module = runtime.layer("first")
+        device.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            module(*call)
+        assert device.told
+        assert torch.equal(module(*call), layers["first"](*call[:3]))
+
+
+def test_experts_whose_placing_failed_are_not_taken_for_loaded(layers: dict[str, Experts]) -> None:
+    device = Failing("load", RuntimeError("device lost"))
+    x, _, weights, scores = make_call(torch.Generator().manual_seed(1), 1)
+    ids = torch.arange(TOP)[None]
+    with Runtime(layers, device, policy="fixed", cache="lru", slots=TOP) as runtime:
+        runtime.place("first", range(COUNT - TOP, COUNT))
+        device.armed = True
+        with pytest.raises(RuntimeError, match="device lost"):
+            runtime.place("first", range(TOP))
+        got = runtime.layer("first")(x, ids, weights, scores)
+        assert torch.equal(got, layers["first"](x, ids, weights))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_and_ends(layers: dict[str, Experts]) -> None:
+    call = make_call(torch.Generator().manual_seed(1), 1)
+    runtime = Runtime(
+        layers, EmulatedDevice(COSTS, factor=AT_ONCE), policy="fixed", cache="lru", slots=COUNT
+    )
+    want = runtime.layer("first")(*call)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            runtime.layer("first")(*call)
+        except ValueError as error:
+            code = 0 if "a process that was forked" in str(error) else 2
+            del error
+        runtime.close()
+        del runtime
+        os._exit(code)
+    until = time.monotonic() + 20.0
+    ended, status = 0, 0
+    while not ended and time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.01)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended, "the child hangs"
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert torch.equal(runtime.layer("first")(*call), want)
+    runtime.close()
+
+
 def test_a_file_that_is_cut_short_while_it_is_mapped_is_told_of(
     layers: dict[str, Experts], tmp_path: Path
 ) -> None:
     path = tmp_path / "layers.experts"
     save_experts(path, layers)
-    mapped = load_experts(path, memory="map")
     whole = path.read_bytes()
     call = make_call(torch.Generator().manual_seed(1), 2)
     for device in (None, EmulatedDevice(COSTS, factor=AT_ONCE)):
+        mapped = load_experts(path, memory="map")
         with Runtime(mapped, device, cache="lru") as runtime:
             module = runtime.layer("third")
             assert torch.equal(module(*call), layers["third"](*call[:3]))
             os.truncate(path, len(whole) // 2)
             with pytest.raises(ValueError, match="the file of the experts"):
                 module(*call)
-        with path.open("r+b") as file:
-            file.write(whole)
+            with path.open("r+b") as file:
+                file.write(whole)
+            with pytest.raises(OSError, match="written to after it was mapped"):
+                module(*call)
 
 
 def test_a_file_that_is_replaced_while_it_is_mapped_changes_nothing(

@@ -142,7 +142,7 @@ class PackedBlock(nn.Module):
             return ids, weights
         tokens = len(ids)
         if self.shared_expert_gate is None:
-            always = torch.ones(tokens, self.shared)
+            always = torch.ones(tokens, self.shared, dtype=torch.float32)
         else:
             always = self.shared_expert_gate(rows).float().sigmoid().expand(tokens, self.shared)
         every: Any = self._shared_ids

@@ -6,14 +6,17 @@ A packed checkpoint is a folder:
     experts.qse             the experts of every layer, see `quernstone.moe.file`
     layer-00000.safetensors ...  what else a layer has; packed matrices as `<name>.packed`, uint8
     rest.safetensors        what no layer has
-    quernstone.json         version, how matrices are packed, and the size of every file
+    quernstone.json         version, how matrices are packed, the size and the CRC-32 of every file
+                            (of the experts', their own index has it)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,8 +94,17 @@ class Shards:
                 return self._read(self._of[name], name, None)
         raise ValueError(f"{self.folder}: got no {names[0]}, expected the weights of the model")
 
-    def part(self, name: str, index: int) -> Tensor:
-        """tensor[index], without reading the others."""
+    def part(self, name: str, index: int, of: tuple[int, ...]) -> Tensor:
+        """tensor[index] of a tensor of a shape, without reading the others.
+
+        Raises:
+            ValueError: there is none, or one of another shape.
+        """
+        if name not in self._of:
+            raise ValueError(f"{self.folder}: got no {name}, expected the weights of the model")
+        got = tuple(self._open(self._of[name]).get_slice(name).get_shape())
+        if got != of:
+            raise ValueError(f"{self._of[name]}: {name}: got {got}, expected {of}")
         return self._read(self._of[name], name, index)
 
     def _open(self, path: Path) -> Any:
@@ -117,14 +129,19 @@ class Shards:
                 found = self._open(path).get_slice(name)[index]
         except SafetensorError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
+        if found.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"{path}: {name}: got {found.dtype}, expected torch.float32 or torch.bfloat16"
+            )
         return found
 
 
 class _Experts:
     """The experts of a block as checkpoints name them: stacked, or one by one in two ways."""
 
-    def __init__(self, shards: Shards, block: MoeBlock, width: int, count: int) -> None:
-        self._shards, self._count, self._width = shards, count, width
+    def __init__(self, shards: Shards, block: MoeBlock) -> None:
+        stacked: Any = block.experts
+        self._shards, self._shape = shards, tuple(stacked.down_proj.shape)
         self.name = block.name
         old = f"{block.name.removesuffix('.mlp')}.block_sparse_moe"
         for kind, probe in (
@@ -140,6 +157,10 @@ class _Experts:
                 f"{shards.folder}: got no experts of {block.name}, expected "
                 f"{block.name}.experts.gate_up_proj or one by one"
             )
+        count = self._shape[0]
+        for more in (f"{block.name}.experts.{count}.gate_proj", f"{old}.experts.{count}.w1"):
+            if f"{more}.weight" in shards:
+                raise ValueError(f"{shards.folder}: got {more}, expected {count} experts")
         shared = shared_of(block.module)
         self.shared: tuple[Tensor, Tensor, Tensor] | None = None
         if shared is not None:
@@ -151,15 +172,26 @@ class _Experts:
             self.shared = gate, up, down
 
     def expert(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        count, hidden, width = self._shape
         if self._kind == "stacked":
             of = f"{self.name}.experts"
-            gate, up = self._shards.part(f"{of}.gate_up_proj", index).chunk(2)
-            return gate, up, self._shards.part(f"{of}.down_proj", index)
+            both = self._shards.part(f"{of}.gate_up_proj", index, (count, 2 * width, hidden))
+            gate, up = both.chunk(2)
+            return gate, up, self._shards.part(f"{of}.down_proj", index, (count, hidden, width))
         if self._kind == "single":
             of, parts = f"{self.name}.experts.{index}", ("gate_proj", "up_proj", "down_proj")
         else:
             of, parts = f"{self._old}.experts.{index}", ("w1", "w3", "w2")
         first, second, third = (self._shards.get(f"{of}.{part}.weight") for part in parts)
+        for part, weight, want in zip(
+            parts,
+            (first, second, third),
+            ((width, hidden), (width, hidden), (hidden, width)),
+            strict=True,
+        ):
+            if tuple(weight.shape) != want:
+                got = tuple(weight.shape)
+                raise ValueError(f"{self._shards.folder}: {of}.{part}: got {got}, expected {want}")
         return first, second, third
 
 
@@ -200,10 +232,17 @@ def pack_checkpoint(
         _pack_experts(model, shards, packing, folder / EXPERTS, say)
         _pack_rest(model, shards, packing, folder, say)
         for path in sorted(source.iterdir()):
-            if path.name in _COPIED or path.name.startswith(_COPIED_STEMS):
+            wanted = path.name in _COPIED or path.name.startswith(_COPIED_STEMS)
+            if wanted and path.is_file():
                 shutil.copyfile(path, folder / path.name)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        about = {"version": VERSION, "packing": packing.to_dict(), "files": files}
+        sums = {name: _crc32(folder / name) for name in files if name != EXPERTS}
+        about = {
+            "version": VERSION,
+            "packing": packing.to_dict(),
+            "files": files,
+            "crc32": sums,
+        }
         write_whole(folder / MANIFEST, json.dumps(about, indent=1).encode())
     return target
 
@@ -224,7 +263,7 @@ def load_packed(
         folder: that it returned.
         memory: where the experts are to be, see `load_experts`; with "map" they are read as they
             are used, and may be more than fit.
-        verify: whether the experts' checksums are compared, for which all of them are read.
+        verify: whether checksums are compared, for which all of the folder is read.
         compute, attention, gating: see `accelerate`.
         options: of `Runtime`, see `accelerate`.
 
@@ -236,7 +275,7 @@ def load_packed(
     from transformers import GenerationConfig
 
     root = Path(folder)
-    _read_manifest(root)
+    _read_manifest(root, verify=verify)
     model: Any = skeleton(root)
     experts = load_experts(root / EXPERTS, memory=memory, verify=verify)
     names = [block.name for block in moe_blocks(model)]
@@ -272,10 +311,10 @@ def skeleton(folder: Path) -> nn.Module:
         raise FileNotFoundError(f"{folder}: got no config.json, expected a checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of a file that says anything, transformers raises anything
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
     check_model(model, weights=False)
     return model.eval()
 
@@ -286,7 +325,7 @@ def _pack_experts(model: nn.Module, shards: Shards, packing: Packing, path: Path
         for block in blocks:
             stacked: Any = block.experts
             count, hidden, width = stacked.down_proj.shape
-            found = _Experts(shards, block, width, count)
+            found = _Experts(shards, block)
             # Of no device, but for the shared ones: what is asked of it are its extents.
             source = Source(stacked.gate_up_proj, stacked.down_proj, found.shared)
 
@@ -444,13 +483,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: not a whole file of tensors ({error})") from None
 
 
-def _read_manifest(root: Path) -> None:
+def _read_manifest(root: Path, *, verify: bool) -> None:
     path = root / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{root}: got no {MANIFEST}, expected a folder of `moe pack`")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         version, files = about["version"], dict(about["files"])
+        sums = dict(about.get("crc32", {}))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got no manifest ({error!r})") from None
     if version != VERSION:
@@ -461,12 +501,22 @@ def _read_manifest(root: Path) -> None:
             raise ValueError(f"{file}: no such file, expected one of {size} bytes")
         if file.stat().st_size != size:
             raise ValueError(f"{file}: got {file.stat().st_size} bytes, expected {size}")
+        if verify and name in sums and _crc32(file) != sums[name]:
+            raise ValueError(f"{file}: damaged, its checksum is another")
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder that takes the name when the block ends without an error, else goes."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     beside.mkdir(parents=True)
     try:
         yield beside

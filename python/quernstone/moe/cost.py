@@ -451,7 +451,7 @@ def _profile_cpu(
         rows = x[: together * load]
         ids = (torch.arange(together).repeat_interleave(load)[:, None] + turn) % count
         turn += together
-        weights = torch.ones(len(rows), 1)
+        weights = torch.ones(len(rows), 1, dtype=torch.float32)
         begin = time.perf_counter()
         experts(rows, ids, weights)
         return time.perf_counter() - begin

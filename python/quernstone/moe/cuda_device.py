@@ -145,7 +145,8 @@ class CudaDevice:
             ValueError: bf16 with `reproducible`.
             ImportError: `reproducible` without the CUDA kernels.
         """
-        self.close()
+        if self._open:
+            raise ValueError("device: got one that a runtime has open, expected one of its own")
         for i, of in enumerate(layers):
             if reproducible and of.shape.format == "bf16":
                 raise ValueError(f"layers[{i}]: got 'bf16', expected int8 or int4, reproducible")
@@ -165,12 +166,12 @@ class CudaDevice:
         self._open = True
         try:
             self._pin(largest)
+            self._bus, self._compute = self._backend.queue(), self._backend.queue()
+            self._origin = self._compute.record()
+            self._backend.synchronize()
         except BaseException:
             self.close()
             raise
-        self._bus, self._compute = self._backend.queue(), self._backend.queue()
-        self._origin = self._compute.record()
-        self._backend.synchronize()
         self._clock = time.perf_counter()
 
     def begin(self) -> None:

@@ -68,7 +68,8 @@ class Decoder:
         self._rotary = inner.rotary_emb
         self.layers = [_Layer(layer, config) for layer in inner.layers]
         self._dtype: torch.dtype = inner.embed_tokens.weight.dtype
-        self._cos = self._sin = np.empty((0, 0), np.float32)
+        empty = np.empty((0, 0), np.float32)
+        self._rotations: tuple[NDArray[np.float32], NDArray[np.float32]] = empty, empty
         self._hooks = [
             hooks
             for module in model.modules()
@@ -77,6 +78,10 @@ class Decoder:
         ]
         # Of steps of one token that do not run; each step has one to itself.
         self._rooms: list[_Room] = []
+
+    def holds(self, model: Any) -> bool:
+        """Whether a model has the embedding and the output layer that it had."""
+        return model.lm_head is self._head and model.model.embed_tokens is self._embedding
 
     def takes(
         self,
@@ -92,6 +97,8 @@ class Decoder:
             return False
         tokens = input_ids.shape[1]
         if not tokens or type(logits_to_keep) is not int or logits_to_keep < 0:
+            return False
+        if self._embedding.weight.dtype is not self._dtype:  # the model was cast since
             return False
         for name in _OUTPUTS:
             if others.get(name) is None and getattr(self._config, name, False):
@@ -142,7 +149,7 @@ class Decoder:
         for layer, keys in zip(self.layers, kept, strict=True):
             add = layer.step(numbers, add, cos, sin, room, keys, past)
         last = tokens if keep == 0 else min(keep, tokens)
-        out = torch.empty(last, hidden.shape[1])
+        out = torch.empty(last, hidden.shape[1], dtype=torch.float32)
         assert add is not None
         _core.moe.final_norm(
             self._norm, self._eps, numbers[tokens - last :], add[tokens - last :], out.numpy()
@@ -155,11 +162,13 @@ class Decoder:
         return logits.to(self._dtype)[None]
 
     def _rotation(self, begin: int, end: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        if len(self._cos) < end:
+        cos, sin = self._rotations
+        if len(cos) < end:
             positions = torch.arange(max(2 * end, _FIRST_CAPACITY))[None]
-            cos, sin = self._rotary(torch.empty(0), positions)
-            self._cos, self._sin = cos[0].contiguous().numpy(), sin[0].contiguous().numpy()
-        return self._cos[begin:end], self._sin[begin:end]
+            cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions)
+            cos, sin = cos[0].contiguous().numpy(), sin[0].contiguous().numpy()
+            self._rotations = cos, sin  # both at once: other threads read them
+        return cos[begin:end], sin[begin:end]
 
     def _watched(self) -> bool:
         """Whether somebody has hooks on a part of the model that would not be called.
@@ -278,9 +287,9 @@ class _Room:
         self.joined = np.empty((tokens, heads * width), np.float32)
         self.queries = torch.empty(1, heads, tokens, width, dtype=dtype)
         self.like_keys = torch.empty(1, layer.kv_heads, 0, width, dtype=dtype)
-        self.inputs = torch.empty(tokens, layer.hidden)
+        self.inputs = torch.empty(tokens, layer.hidden, dtype=torch.float32)
         self.chosen = torch.empty(tokens, layer.choices, dtype=torch.int64)
-        self.shares = torch.empty(tokens, layer.choices)
+        self.shares = torch.empty(tokens, layer.choices, dtype=torch.float32)
         self.q = _numbers(self.queries)[0]
         self.x, self.ids = self.inputs.numpy(), self.chosen.numpy()
         self.weights = self.shares.numpy()

@@ -65,7 +65,10 @@ class Device(Protocol):
     ) -> None:
         """Takes memory for so many slots of each layer, and the staging ones of the largest.
 
+        It keeps nothing where it fails.
+
         Raises:
+            ValueError: it is open already.
             MemoryError: the device has not so much.
         """
         ...
@@ -173,6 +176,8 @@ class EmulatedDevice:
     def open(
         self, layers: Sequence[Experts], slots: Sequence[int], staging: int, *, reproducible: bool
     ) -> None:
+        if self._opened is not None:
+            raise ValueError("device: got one that a runtime has open, expected one of its own")
         size = sum(n * of.shape.expert_bytes for n, of in zip(slots, layers, strict=True))
         size += staging * max(of.shape.expert_bytes for of in layers)
         if self._memory is not None and size > self._memory:
@@ -271,8 +276,9 @@ def measured_factor(layers: Sequence[Experts], costs: CostModel, most_tokens: in
         moved = _seconds(one.data.copy)
         ratio = max(ratio, _MARGIN * moved / costs.transfer)
         for load in loads:
-            x = torch.zeros(load, experts.shape.hidden)
-            ids, weights = torch.zeros(load, 1, dtype=torch.int64), torch.ones(load, 1)
+            x = torch.zeros(load, experts.shape.hidden, dtype=torch.float32)
+            ids = torch.zeros(load, 1, dtype=torch.int64)
+            weights = torch.ones(load, 1, dtype=torch.float32)
             with one_thread():
                 took = _seconds(functools.partial(one, x, ids, weights))
             least = min(costs.gpu([load])[0], costs.cpu_seconds([load])[0])

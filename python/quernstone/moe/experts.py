@@ -266,7 +266,7 @@ class Experts:
         rows = x.detach().float()
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        out = torch.empty(rows.shape)
+        out = torch.empty(rows.shape, dtype=torch.float32)
         _core.moe.experts_forward(
             self._layout,
             self.data,
@@ -295,7 +295,7 @@ class Experts:
         layout = self._matrix(rows, inputs)
         packed = allocate_bytes(layout.bytes, huge_pages=False)
         packed[:] = data
-        out = torch.empty(rows, inputs)
+        out = torch.empty(rows, inputs, dtype=torch.float32)
         _core.unpack(layout, packed, out.numpy())
         return out
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from quernstone.moe.block import PackedBlock, Source, shared_of, source_of
+from quernstone.moe.cache.base import whole
 from quernstone.moe.cache.policies import Policy as CachePolicy
 from quernstone.moe.cost import CostModel
 from quernstone.moe.devices import Device
 from quernstone.moe.experts import Compute, Experts, ExpertsShape, Format
 from quernstone.moe.gating import AdaptiveGating
 from quernstone.moe.routing import MoeBlock, moe_blocks
-from quernstone.moe.runtime import Runtime
+from quernstone.moe.runtime import Runtime, check_device
 from quernstone.moe.schedule import Policy
 from quernstone.quant.linear import (
     MatrixShape,
@@ -30,6 +31,7 @@ from quernstone.quant.linear import (
     check_compute,
     pack_into,
 )
+from quernstone.quant.rounding import MAX_CLIPS
 
 ARCHITECTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 """`config.model_type` of the models that `accelerate` takes."""
@@ -67,7 +69,12 @@ class Packing:
             value = getattr(self, name)
             if value not in get_args(Format) and not (name == "linear" and value is None):
                 raise ValueError(f"{name}: got {value!r}, expected one of {get_args(Format)}")
-        self.matrix_shape(1, 32, self.format)
+        if not isinstance(self.zero_points, bool):
+            raise TypeError(f"zero_points: got {self.zero_points!r}, expected a bool")
+        if not 1 <= whole("clips", self.clips) <= MAX_CLIPS:
+            raise ValueError(f"clips: got {self.clips}, expected 1 to {MAX_CLIPS}")
+        for format in {self.format, self.linear or self.format}:
+            self.matrix_shape(1, 32, format)
 
     def matrix_shape(self, outputs: int, inputs: int, format: Format) -> MatrixShape:
         group = (self.group or 32) if format == "int4" else 0
@@ -216,6 +223,7 @@ def accelerate(
         ValueError: another architecture, activation, device or dtype; weights on no device; a value
             out of its range. The model is as it was, unless a weight was not finite.
         TypeError: a value of another type.
+        MemoryError: the device has not enough. The experts of the model are gone then.
 
     Source: HybriMoE, arXiv 2504.05897; AdapMoE, arXiv 2408.10284. Oracle: the same model of
     transformers with the weights that `Experts.matrices` and `PackedMatrix.unpack` give back.
@@ -226,7 +234,7 @@ def accelerate(
     check_model(model)
     blocks = moe_blocks(model)
     _check_gating(gating, blocks)
-    _check_options(options)
+    _check_options(options, packing, check_compute(compute, format), len(blocks))
     experts: dict[str, Experts] = {}
     for block in blocks:
         made = packing.experts(source_of(block.module))
@@ -322,7 +330,18 @@ def _change_class(model: Any) -> None:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError("model: got an accelerated one, expected a checkpoint for `moe pack`")
 
-    methods: dict[str, Any] = {"save_pretrained": save_pretrained, "__module__": kind.__module__}
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # Its runtime has workers, and its class is made here.
+        raise TypeError(
+            "model: got an accelerated one, which cannot be copied or pickled, expected one that "
+            "is not; copy it before `accelerate`, or load what `moe pack` made again"
+        )
+
+    methods: dict[str, Any] = {
+        "save_pretrained": save_pretrained,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": kind.__module__,
+    }
     if steps is not None:
         methods["forward"] = _forward(kind, steps)
     # The signature is what generate() asks a model for.
@@ -359,7 +378,9 @@ def _forward(kind: Any, steps: Any) -> Any:
             "output_router_logits": output_router_logits,
             **kwargs,
         }
-        if steps.takes(input_ids, cache, attention_mask, position_ids, logits_to_keep, others):
+        if steps.holds(self) and steps.takes(
+            input_ids, cache, attention_mask, position_ids, logits_to_keep, others
+        ):
             logits = steps(input_ids, cache, logits_to_keep)
             return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
         return kind.forward(
@@ -391,6 +412,8 @@ def check_model(model: nn.Module, *, weights: bool = True) -> None:
         raise ValueError("model: got one that is accelerated already, expected one that is not")
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("model: got one that is quantised, expected weights in fp32 or bf16")
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"model: got {kind or type(model).__name__!r}, expected one of "
@@ -449,11 +472,16 @@ def _check_attention(attention: Attention) -> None:
         raise ValueError(f"attention: got {attention!r}, expected one of {get_args(Attention)}")
 
 
-def _check_options(options: RuntimeOptions) -> None:
-    """Has a runtime of one small expert refuse what can be refused before anything is packed."""
-    probe = Experts.empty(ExpertsShape(1, 32, 32))
-    of_model: RuntimeOptions = {"device": None, "costs": None, "slots": None}
-    runtime_of({**options, **of_model})({"probe": probe}).close()
+def _check_options(
+    options: RuntimeOptions, packing: Packing, compute: Compute, layers: int
+) -> None:
+    """Has a runtime of small experts refuse what can be refused before anything is packed."""
+    of = packing.matrix_shape(1, 32, packing.format)
+    probe = Experts.empty(ExpertsShape(1, 32, 32, of.format, of.group, of.zero_points))
+    probe.compute = compute
+    check_device(options.get("device"), options.get("costs"))
+    bare: RuntimeOptions = {"device": None, "costs": None}
+    runtime_of({**options, **bare})({str(i): probe for i in range(layers)}).close()
 
 
 def _check_gating(gating: AdaptiveGating | None, blocks: Sequence[MoeBlock]) -> None:

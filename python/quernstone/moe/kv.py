@@ -24,6 +24,10 @@ class GrowingLayer(DynamicLayer):
         self._arrays: tuple[NDArray[Any], NDArray[Any]] | None = None
         self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has keys and values of its own: it may not write behind ours, nor elsewhere.
+        return {**self.__dict__, "_buffers": None, "_arrays": None, "_seen": (None, None)}
+
     @classmethod
     def of(cls, layer: DynamicLayer) -> Self:
         """A layer with the keys and values of another."""
@@ -74,8 +78,8 @@ class GrowingLayer(DynamicLayer):
             if past:
                 assert self.keys is not None
                 assert self.values is not None
-                made[0][:, :, :past].copy_(self.keys)
-                made[1][:, :, :past].copy_(self.values)
+                made[0][:, :, :past].copy_(self.keys.detach())
+                made[1][:, :, :past].copy_(self.values.detach())
             buffers = self._buffers = (made[0], made[1])
             self._arrays = None
         if not self.is_initialized:

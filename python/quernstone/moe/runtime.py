@@ -81,6 +81,7 @@ class Runtime:
             raise ValueError("cache: got 'belady', expected a policy that does not know the future")
         if not 0 <= whole("prefetch", prefetch) <= MAX_DISTANCE:
             raise ValueError(f"prefetch: got {prefetch}, expected 0 to {MAX_DISTANCE}")
+        check_device(device, costs)
         self.device = device
         self._experts = list(layers.values())
         self._modules = {
@@ -95,20 +96,17 @@ class Runtime:
         self._lock = threading.Lock()
         self._recording: Recording | None = None
         self._closed = False
+        self._given_up = False
         self._computes = [of.compute for of in self._experts]
         self._layouts = [of.shape.layout() for of in self._experts]
         if device is None:
-            if costs is not None:
-                raise ValueError("costs: got some without a device, expected None")
             return
-        if isinstance(device, EmulatedDevice) and costs is not None:
-            raise ValueError("costs: got some beside an emulated device, which has its own")
         if len(set(self._computes)) > 1:
             raise ValueError(
                 "layers: got some that compute as float and some as int8, expected one"
             )
+        device.open(self._experts, self._slots, STAGING, reproducible=reproducible)
         try:
-            device.open(self._experts, self._slots, STAGING, reproducible=reproducible)
             used = costs or device.costs(self._experts[0].shape)
             self._paced = device.emulated
             self._core = _planner(used, device, self._experts, self._slots, policy, cache)
@@ -153,6 +151,11 @@ class Runtime:
         assert place is not None
         self._routers[place.layer] = router
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def resident(self, name: str) -> list[int]:
         """Experts of a layer that are on the device, or on their way."""
         place = self.layer(name).place
@@ -179,8 +182,10 @@ class Runtime:
             )
         with self._lock:
             if self._core is not None:
+                self._given_up = True  # until all of it is on its way
                 self._core.clear(place.layer)
                 self._bring(place.layer, wanted)
+                self._given_up = False
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -231,16 +236,29 @@ class Runtime:
     ) -> Tensor:
         with self._lock:
             core, device = self._opened()
+            if self._given_up:
+                self._recover(core, device)
+            self._given_up = True
             try:
                 if self._emulated is not None:
-                    return self._step_in_one(core, self._emulated, layer, x, ids, weights, scores)
-                return self._step(core, device, layer, x, ids, weights, scores)
+                    out = self._step_in_one(core, self._emulated, layer, x, ids, weights, scores)
+                else:
+                    out = self._step(core, device, layer, x, ids, weights, scores)
             except BaseException:
-                # Whatever was queued may still run and nobody knows what a slot holds.
-                device.abort()
-                for each in range(len(self._experts)):
-                    core.clear(each)
+                self._recover(core, device)
                 raise
+            self._given_up = False
+            return out
+
+    def _recover(self, core: _core.moe.Runtime, device: Device) -> None:
+        """What was queued may still run and nobody knows what a slot holds.
+
+        A second Ctrl-C may end this early; then the next step does it again.
+        """
+        device.abort()
+        for each in range(len(self._experts)):
+            core.clear(each)
+        self._given_up = False
 
     def _step(
         self,
@@ -285,7 +303,7 @@ class Runtime:
                 self._paced,
             )
         found = device.collect() if core.on_device else None
-        out = torch.empty(rows.shape)
+        out = torch.empty(rows.shape, dtype=torch.float32)
         core.combine(None if found is None else found.numpy(), out.numpy())
         core.finish()
         if self._recording is not None:
@@ -440,6 +458,7 @@ class HybridMoE(nn.Module):
             ValueError, TypeError: as `Experts`; scores that are missing or none; a runtime that is
                 closed.
             RuntimeError: a worker or the device failed. The runtime may be used again.
+            OSError: the file in which the experts lie has been written to.
         """
         if self._file is not None and self._file.size() < len(self._file):
             # Reading what is no longer there would end the process.
@@ -447,7 +466,11 @@ class HybridMoE(nn.Module):
                 f"experts: the file of the experts has {self._file.size()} bytes left, expected "
                 f"{len(self._file)}, as when it was mapped"
             )
+        if self.experts.guard is not None:
+            self.experts.guard()
         if self._here:
+            if self.place is not None and self.place.runtime.closed:
+                raise ValueError("runtime: got one that is closed, expected an open one")
             try:
                 return self._call(x, ids, weights)
             except Exception:
@@ -499,6 +522,18 @@ def check_call(x: Any, ids: Any, weights: Any, hidden: int) -> None:
         raise ValueError(f"ids.shape[0]: got {ids.shape[0]}, expected {x.shape[0]}")
 
 
+def check_device(device: Any, costs: Any) -> None:
+    """What a runtime can refuse of a device before it has layers."""
+    if device is not None and not isinstance(device, Device):
+        raise TypeError(f"device: got {type(device).__name__}, expected a Device or None")
+    if costs is not None and not isinstance(costs, CostModel):
+        raise TypeError(f"costs: got {type(costs).__name__}, expected a CostModel or None")
+    if costs is not None and device is None:
+        raise ValueError("costs: got some without a device, expected None")
+    if costs is not None and isinstance(device, EmulatedDevice):
+        raise ValueError("costs: got some beside an emulated device, which has its own")
+
+
 def _check_layers(layers: Any, reproducible: bool) -> None:
     if not isinstance(layers, Mapping):
         raise TypeError(f"layers: got {type(layers).__name__}, expected a mapping of Experts")
@@ -518,7 +553,7 @@ def _check_layers(layers: Any, reproducible: bool) -> None:
 def _slots(slots: int | Sequence[int] | None, layers: Sequence[Experts]) -> list[int]:
     if slots is None:
         return [max(1, of.shape.count // 4) for of in layers]
-    given = [slots] * len(layers) if isinstance(slots, int) else list(slots)
+    given = [slots] * len(layers) if hasattr(slots, "__index__") else list(slots)
     if len(given) != len(layers):
         raise ValueError(f"slots: got {len(given)} numbers, expected {len(layers)}, one a layer")
     wanted = [whole(f"slots[{i}]", one) for i, one in enumerate(given)]

@@ -172,7 +172,7 @@ class PackedMatrix:
 
     def unpack(self) -> Tensor:
         """[n, k] fp32, the weights as they are computed with."""
-        out = torch.empty(self.shape.outputs, self.shape.inputs)
+        out = torch.empty(self.shape.outputs, self.shape.inputs, dtype=torch.float32)
         _core.unpack(self.layout, self.data, out.numpy())
         return out
 
@@ -199,7 +199,8 @@ class PackedMatrix:
         rows = x.detach().float()
         if rows.ndim == 2 and rows.stride(1) != 1:
             rows = rows.contiguous()
-        out = torch.empty(rows.shape[0] if rows.ndim else 0, self.shape.outputs)
+        tokens = rows.shape[0] if rows.ndim else 0
+        out = torch.empty(tokens, self.shape.outputs, dtype=torch.float32)
         how = check_compute(compute, self.shape.format)
         _core.multiply(self.layout, self.data, rows.numpy(), how, out.numpy())
         return out.to(x.dtype)

@@ -18,6 +18,7 @@ PenaltyUnit = Literal["step", "output"]
 SMALLEST_SCALE = 2.0**-100
 # The largest weight: scales of any kind, times any code, stay finite in fp32.
 LARGEST_WEIGHT = 2.0**125
+MAX_CLIPS = 1000
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def _check(
             f"rounding.unit: got 'output' with method {method!r} and {clips} clips, expected "
             "'gptq' and 1 clip"
         )
-    if not 1 <= clips <= 1000:
-        raise ValueError(f"clips: got {clips}, expected 1 to 1000")
+    if not 1 <= clips <= MAX_CLIPS:
+        raise ValueError(f"clips: got {clips}, expected 1 to {MAX_CLIPS}")
     if not 0.0 <= damping <= 1.0:
         raise ValueError(f"damping: got {damping}, expected 0 to 1")
     if (hessian is None) != (method == "rtn"):

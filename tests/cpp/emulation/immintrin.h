@@ -100,8 +100,19 @@ inline __m128i emulated_cvtepi32_epi8(__m512i a) noexcept {
     return emulated_cast<__m128i>(out);
 }
 
+inline __m512i emulated_cvtepi8_epi32(__m128i a) noexcept {
+    std::int8_t in[16];
+    std::memcpy(in, &a, sizeof in);
+    EmulatedLanes<std::int32_t> out;
+    for (unsigned i = 0; i < 16; ++i) {
+        out.lane[i] = in[i];
+    }
+    return emulated_cast<__m512i>(out);
+}
+
 // VMOVNTPS: what it does to the caches is not emulated.
 inline void emulated_stream_ps(float* to, __m512 a) noexcept { std::memcpy(to, &a, sizeof a); }
+inline void emulated_stream_si512(void* to, __m512i a) noexcept { std::memcpy(to, &a, sizeof a); }
 
 __m256i emulated_cvtepi32_epi16(__m512i a) noexcept {
     const auto in = emulated_cast<EmulatedLanes<std::uint32_t>>(a);
@@ -236,3 +247,5 @@ inline void emulated_tile_dpbuud(int sums, int a, int b) noexcept {
 #define _mm512_reduce_add_epi64(a) emulated_reduce_add_epi64(a)
 #define _mm512_cvt_roundps_epi32(a, rounding) emulated_cvt_roundps_epi32(a, rounding)
 #define _mm512_cvtepi32_epi8(a) emulated_cvtepi32_epi8(a)
+#define _mm512_cvtepi8_epi32(a) emulated_cvtepi8_epi32(a)
+#define _mm512_stream_si512(to, a) emulated_stream_si512(to, a)
