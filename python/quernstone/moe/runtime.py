@@ -324,7 +324,7 @@ class Runtime:
         begun = time.perf_counter()
         device.begin()
         rows = x.detach().float().cpu().contiguous()
-        out = torch.empty(rows.shape)
+        out = torch.empty(rows.shape, dtype=torch.float32)
         core.step(
             device,
             layer,
