@@ -54,7 +54,7 @@ def test_generates_what_the_model_generates(packed: Path) -> None:
         (("generate", "PACKED", "Hello"), "got no tokenizer, expected one, or --ids"),
         (("generate", "PACKED", "--ids", "1", "--memory", "tape"), "memory: got 'tape'"),
         (("generate", "PACKED", "--ids", "1", "--tokens", "0"), "'--tokens'"),
-        (("pack", "nowhere", "out"), "nowhere: got no config.json"),
+        (("pack", "nowhere", "nowhere-else"), "nowhere: got no config.json"),
         (("pack", "PACKED", "PACKED"), "expected no folder or an empty one"),
         (("pack", "PACKED", "out", "--format", "fp4"), "format: got 'fp4'"),
         (("pack", "PACKED", "out", "--linear", "fp4"), "linear: got 'fp4'"),
