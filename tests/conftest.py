@@ -1,9 +1,13 @@
 """What every vertical's tests share: a fixed seed, and each instruction set in one process."""
 
+import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+DATA = Path(__file__).parents[1] / "../shared/data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,13 +45,20 @@ def _fail_if_skipped(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a GPU, unless it is asked for by its mark."""
-    if "gpu" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    """Leaves out what needs a GPU, unless it is asked for by its mark, or data that is not here."""
+    gpu = "gpu" in config.option.markexpr
+    left_out = [item for item in items if _is_left_out(item, gpu)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _is_left_out(item: pytest.Item, gpu: bool) -> bool:
+    if item.get_closest_marker("gpu"):
+        return not gpu
+    data = item.get_closest_marker("data")
+    # Continuous integration has the data: there its absence is a failure.
+    return data is not None and "CI" not in os.environ and not (DATA / data.args[0]).is_dir()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

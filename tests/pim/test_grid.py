@@ -156,10 +156,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.data("iccad2023")
 @pytest.mark.parametrize("case", ["testcase1", "testcase11", "testcase13"])
 def test_contest_cases_meet_their_golden_maps(case: str) -> None:
-    if not ICCAD.is_dir():
-        pytest.skip("../shared/data/iccad2023 is not here")
     netlist = spice.read(ICCAD / case / "netlist.sp.gz")
     grid = grid_of(netlist)
     drop = factor(grid).drop()
