@@ -165,8 +165,12 @@ bool Progress::wait(std::uint64_t least, bool spin, Clock::duration most,
     }
     std::unique_lock lock(mutex_);
     parked_.fetch_add(1);
-    const bool found = most == Clock::duration::max() ? (wake_.wait(lock, reached), true)
-                                                      : wake_.wait_for(lock, most, reached);
+    // Without a limit, in long spells: a wait without any needs a newer libstdc++ than wheels may.
+    const bool endless = most == Clock::duration::max();
+    bool found = wake_.wait_for(lock, endless ? std::chrono::hours(1) : most, reached);
+    while (endless && !found) {
+        found = wake_.wait_for(lock, std::chrono::hours(1), reached);
+    }
     parked_.fetch_sub(1);
     return found;
 }
