@@ -19,7 +19,8 @@ from .tolerances import U_FP32
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-RATE = 0.05
+# Small, so that the rounding of one step does not grow in the next.
+RATE = 0.01
 # So large that half of the gradient of a random model comes from the balance of its heads.
 OPTIONS: dict[str, Any] = {"weight": 100.0, "shared": 1}
 
@@ -124,6 +125,8 @@ def written_out(
                 for part in parts:
                     model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
                     shares.append(balancer.loss())
+                    # Each part's loss divides by its own spread, which may be smaller.
+                    cv = min(cv, balancer.mean_cv)
                 balance = torch.stack(shares).mean()
         each = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
