@@ -154,7 +154,7 @@ def rows_of(
     if node.op == "conv_transpose":
         whole = x.transpose(0, 1).reshape(weight.groups, x.shape[1] // weight.groups, -1)
         return _thinned(whole, most)
-    windows = _windows(x, weight)
+    windows = windows_of(node, x, weight.shape[2:])
     b, c, high, wide, *kernel = windows.shape
     step = 1 if most is None else max(1, math.isqrt(b * high * wide // max(most, 1)))
     picked = windows[:, :, ::step, ::step].permute(1, 4, 5, 0, 2, 3)
@@ -165,13 +165,12 @@ def _thinned(x: Tensor, most: int | None) -> Tensor:
     return x if most is None else x[..., :: max(1, x.shape[-1] // most)]
 
 
-def _windows(x: Tensor, weight: Weight) -> Tensor:
+def windows_of(node: Node, x: Tensor, window: Sequence[int]) -> Tensor:
     """A view [b, c, high, wide, kernel...] of what each output of a convolution sees."""
-    attributes = weight.node.attributes
     padding, stride, dilation = (
-        list(attributes[name]) for name in ("padding", "stride", "dilation")
+        list(node.attributes[name]) for name in ("padding", "stride", "dilation")
     )
-    kernel = list(weight.shape[2:])
+    kernel = list(window)
     if x.ndim == 3:
         x = x.unsqueeze(2)
         padding, stride = [(0, 0), *padding], [1, *stride]

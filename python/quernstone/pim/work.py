@@ -5,6 +5,7 @@ Axes: o outputs, i inputs of a layer; v vectors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from quernstone.importers import Graph, Node, evaluate
+from quernstone.pim.layers import windows_of
 
 MOST_VECTORS = 128
 """Of a layer that are looked at, unless more are asked for."""
@@ -187,29 +188,10 @@ def _linear(_node: Node, x: Tensor, _window: Sequence[int], vectors: int) -> tup
 
 def _conv(node: Node, x: Tensor, window: Sequence[int], vectors: int) -> tuple[Tensor, int]:
     """The windows of a convolution in one or two dimensions, [v, channels x window]."""
-    stride, dilation = list(node.attributes["stride"]), list(node.attributes["dilation"])
-    padding = [side for pair in reversed(node.attributes["padding"]) for side in pair]
-    x, kernel = functional.pad(x, padding), list(window)
-    if len(stride) == 1:  # a picture of one line
-        x, stride, dilation, kernel = x[:, :, None], [1, *stride], [1, *dilation], [1, *kernel]
-    extent = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    total = len(x) * extent[0] * extent[1]
+    seen = windows_of(node, x, window).permute(0, 2, 3, 1, 4, 5)
+    total = math.prod(seen.shape[:3])
     chosen = _middle(torch.arange(total), vectors)
-    picture, place = chosen // (extent[0] * extent[1]), chosen % (extent[0] * extent[1])
-    top = place // extent[1] * stride[0]
-    left = place % extent[1] * stride[1]
-    down = torch.arange(kernel[0]) * dilation[0]
-    across = torch.arange(kernel[1]) * dilation[1]
-    # [v, kernel rows, kernel columns, channels], then channels first as weights have them.
-    taken = x.permute(0, 2, 3, 1)[
-        picture[:, None, None],
-        (top[:, None] + down)[:, :, None],
-        (left[:, None] + across)[:, None, :],
-    ]
-    return taken.permute(0, 3, 1, 2).reshape(len(chosen), -1), total
+    return seen[torch.unravel_index(chosen, seen.shape[:3])].reshape(len(chosen), -1), total
 
 
 def _attention(
