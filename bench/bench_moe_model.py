@@ -58,18 +58,28 @@ def text(name: Name, count: int) -> Tensor:
 
 
 class Decoding:
-    """One token after the other behind a prompt, which begins anew before it grows too long."""
+    """One token after the other behind a prompt, which begins anew before it grows too long.
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
+    Args:
+        experts: transformers' implementation of the steps, of which one gathers the weights of
+            every token: it is not for the prompt.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, experts: str | None = None) -> None:
         self._model, self._ids, self._at = model, ids, PREFIX
+        self._experts = experts
         self._cache: Any = None
 
     def __call__(self) -> Tensor:
         with torch.inference_mode():
             if self._cache is None or self._at >= LONGEST:
                 self._at = PREFIX
+                if self._experts:
+                    self._model.set_experts_implementation("eager")
                 first = self._model(self._ids[:, :PREFIX], logits_to_keep=1, use_cache=True)
                 self._cache = first.past_key_values
+                if self._experts:
+                    self._model.set_experts_implementation(self._experts)
             token = self._ids[:, self._at : self._at + 1]
             self._at += 1
             found: Tensor = self._model(token, past_key_values=self._cache).logits
@@ -85,9 +95,11 @@ def prompt(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def runner(model: Any, what: What, ids: Tensor) -> Callable[[], Tensor]:
+def runner(
+    model: Any, what: What, ids: Tensor, experts: str | None = None
+) -> Callable[[], Tensor]:
     if what == "decode":
-        return Decoding(model, ids)
+        return Decoding(model, ids, experts)
     return prompt(model, ids[:, : int(what.removeprefix("ttft"))])
 
 
@@ -118,7 +130,7 @@ def transformers_rival(name: Name, what: What, ids: Tensor) -> Rival:
         if kind == "batched_mm" and what != "decode" and name == "mixtral4":
             continue  # gathers the weights of every token
         model.set_experts_implementation(kind)
-        run = runner(model, what, ids)
+        run = runner(model, what, ids, kind)
         run()
         start = time.perf_counter()
         run()
@@ -127,7 +139,7 @@ def transformers_rival(name: Name, what: What, ids: Tensor) -> Rival:
     model.set_experts_implementation(best)
     version = f"{machine.version('transformers')} bf16, {best}"
     check = check_of(name, model, cases.weight_of(model))
-    return Rival("transformers", runner(model, what, ids), check, {"transformers": version})
+    return Rival("transformers", runner(model, what, ids, best), check, {"transformers": version})
 
 
 @functools.lru_cache(maxsize=1)
