@@ -98,8 +98,22 @@ def bench_minilm_cosine(case: Named, measure: Measure) -> None:
         rivals={"rounded, not trained": float(done.untrained.mean())},
         notes=[
             f"least {float(done.cosines.min()):.4f} of {len(done.cosines)}",
-            f"on the sentences of the other evaluations {float(done.fidelity.mean()):.4f}",
+            f"validation sentences, which the price of a one was chosen with: "
+            f"{float(done.validation.mean()):.4f}",
         ],
+    )
+
+
+@rows(Named("pim.lhr.minilm.price"))
+def bench_minilm_price(case: Named, measure: Measure) -> None:
+    """Chooses the recipe again, with sentences that neither training nor `cosine` sees."""
+    what = "MiniLM fine-tuned: distance of its price of a one from that of validation sentences"
+    _tuned(measure, what, "price")
+    measure.value(
+        what=what,
+        unit="price",
+        compute=lambda: abs(cases.chosen_price() - cases.Recipe().price),
+        notes=[f"of {cases.PRICES}; enough: a cosine of {cases.WANTED} on validation sentences"],
     )
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from quernstone.bench.fidelity import Split, files, language, ocr, speech
 from quernstone.importers import Graph, models
 from quernstone.importers.file import read_tensors
-from quernstone.pim.network import Fidelity
+from quernstone.pim.influence import influence
+from quernstone.pim.network import Candidates, Compressed, calibrate
 from quernstone.pim.report import Analysis, analyze
 
 Batches = list[dict[str, Tensor]]
+POINTS = tuple(float(snr) for snr in range(28, 52, 2))
+"""dB, to choose a network's operating point from."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +29,41 @@ class Network:
     load: Callable[[], Graph]
     inputs: Callable[[Split], Batches]
     snr: float
-    """dB, of the layers on calibration inputs."""
+    """dB, of the layers on calibration inputs: what `operating_point` takes of `POINTS` with
+    validation inputs."""
     unit: str
     what: str
-    kept: Callable[[Graph, Graph], float]
-    """Of the network in the nearest integers and the compressed one, on held-out inputs; losses
-    are negative."""
+    kept: Callable[[Graph, Graph, Split], float]
+    """Of the network in the nearest integers and the compressed one; more is better."""
     least: float
-    """Of `kept`, what is promised."""
-    fidelity: Fidelity = "noise"
-    """What the ratio is of: `Candidates.choose`."""
+    """Of `kept`, what is promised of held-out inputs."""
+    whole: float
+    """Of `kept`, where nothing has changed."""
+    probes: int = 2
+    """Batches of calibration inputs to measure the influence of layers with."""
     recorded: tuple[float, float, float, float] | None = None
     """HR of 8 bits, with shifts 8 and 16, and of 4 bits, as they were measured before."""
     quick: bool = False
+
+    @property
+    def wanted(self) -> float:
+        """Of `kept`, on validation inputs: three quarters of the loss that is promised at most."""
+        return self.least + (self.whole - self.least) / 4
+
+
+def first_enough(points: Sequence[float], enough: Callable[[float], bool]) -> float:
+    """The first of points that is enough, where all after it are; the last where none is.
+
+    Found by bisection.
+    """
+    low, high = 0, len(points) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if enough(points[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return points[low]
 
 
 def _batches(inputs: dict[str, Tensor], size: int) -> Batches:
@@ -46,7 +72,7 @@ def _batches(inputs: dict[str, Tensor], size: int) -> Batches:
 
 
 def _sentences(split: Split) -> Batches:
-    return _batches(language.encoded(split, 320 if split == "calibration" else 32), 32)
+    return _batches(language.encoded(split, 320 if split == "calibration" else 256), 32)
 
 
 def _pages(split: Split) -> Batches:
@@ -70,18 +96,19 @@ def _sound(split: Split) -> Batches:
 
 
 def _windows(split: Split) -> Batches:
-    ids, _ = language.windows(split, 8 if split == "calibration" else 1, 256)
+    ids, _ = language.windows(split, *((48, 128) if split == "calibration" else (4, 256)))
     return [{"input_ids": row[None]} for row in ids]
 
 
-def _characters(base: Graph, changed: Graph) -> float:
+def _characters(base: Graph, changed: Graph, split: Split) -> float:
     alphabet = ocr.characters(NETWORKS["recogniser"].load())
-    read = [ocr.character_accuracy(network, alphabet) for network in (base, changed)]
+    read = [ocr.character_accuracy(network, alphabet, split) for network in (base, changed)]
     return 100 * (read[1] - read[0])
 
 
-def _bits(base: Graph, changed: Graph) -> float:
-    return 100 * (1 - language.bits_per_byte(changed) / language.bits_per_byte(base))
+def _bits(base: Graph, changed: Graph, split: Split) -> float:
+    bits = [language.bits_per_byte(network, split) for network in (base, changed)]
+    return 100 * (1 - bits[1] / bits[0])
 
 
 _EVERY = (
@@ -94,6 +121,7 @@ _EVERY = (
         what="boxes of text, mean overlap with those of int8",
         kept=ocr.box_overlap,
         least=0.95,
+        whole=1.0,
         recorded=(0.494, 0.458, 0.441, 0.412),
     ),
     Network(
@@ -105,6 +133,7 @@ _EVERY = (
         what="characters of rendered text read, more than by int8",
         kept=_characters,
         least=-1.0,
+        whole=0.0,
         recorded=(0.495, 0.461, 0.445, 0.429),
     ),
     Network(
@@ -114,8 +143,9 @@ _EVERY = (
         snr=40.0,
         unit="%",
         what="lines upright or not, decided as int8 does",
-        kept=lambda base, changed: 100 * ocr.upright_agreement(base, changed),
+        kept=lambda *given: 100 * ocr.upright_agreement(*given),
         least=99.0,
+        whole=100.0,
         recorded=(0.501, 0.489, 0.483, 0.469),
         quick=True,
     ),
@@ -124,11 +154,11 @@ _EVERY = (
         load=models.magika,
         inputs=_files,
         snr=38.0,
-        fidelity="each",
         unit="%",
         what="kinds of files, decided as int8 does",
-        kept=lambda base, changed: 100 * files.agreement(base, changed),
+        kept=lambda *given: 100 * files.agreement(*given),
         least=99.0,
+        whole=100.0,
         recorded=(0.509, 0.484, 0.461, 0.466),
     ),
     Network(
@@ -136,11 +166,11 @@ _EVERY = (
         load=models.silero_vad,
         inputs=_sound,
         snr=38.0,
-        fidelity="each",
         unit="%",
         what="frames of speech or not, decided as int8 does",
-        kept=lambda base, changed: 100 * speech.agreement(base, changed),
+        kept=lambda *given: 100 * speech.agreement(*given),
         least=99.0,
+        whole=100.0,
         recorded=(0.481, 0.441, 0.433, 0.379),
     ),
     Network(
@@ -150,8 +180,9 @@ _EVERY = (
         snr=38.0,
         unit="cosine",
         what="embeddings of sentences, mean cosine with those of int8",
-        kept=lambda base, changed: float(language.cosines(base, changed).mean()),
+        kept=lambda *given: float(language.cosines(*given).mean()),
         least=0.99,
+        whole=1.0,
         recorded=(0.498, 0.474, 0.456, 0.443),
     ),
     Network(
@@ -163,9 +194,50 @@ _EVERY = (
         what="bits saved for a byte of text, against int8",
         kept=_bits,
         least=-2.0,
+        whole=0.0,
     ),
 )
 NETWORKS = {network.name: network for network in _EVERY}
+
+
+@functools.cache
+def tried(name: str) -> tuple[Candidates, dict[str, float]]:
+    """Roundings of a network's layers, and how far the error of each layer goes.
+
+    Both see calibration inputs alone.
+    """
+    of = NETWORKS[name]
+    graph, batches = of.load(), of.inputs("calibration")
+    candidates = Candidates(graph, calibrate(graph, batches))
+    few = batches[:: -(-len(batches) // of.probes)]
+    return candidates, influence(candidates.choose(28.0, fidelity="each"), few)
+
+
+def compressed(name: str, snr: float) -> Compressed:
+    """A network at a fidelity in dB, its layers by their influence."""
+    candidates, weights = tried(name)
+    return candidates.choose(snr, sensitivity=weights)
+
+
+class Chosen(NamedTuple):
+    snr: float
+    """dB, of `POINTS`."""
+    kept: dict[float, float]
+    """What was kept of validation inputs at the points that were looked at."""
+
+
+@functools.cache
+def operating_point(name: str) -> Chosen:
+    """The least fidelity at which validation inputs keep what is `wanted`; none other is seen."""
+    of = NETWORKS[name]
+    kept: dict[float, float] = {}
+
+    def enough(snr: float) -> bool:
+        found = compressed(name, snr)
+        kept[snr] = of.kept(found.int8, found.network, "validation")
+        return kept[snr] >= of.wanted
+
+    return Chosen(first_enough(POINTS, enough), kept)
 
 
 @functools.cache

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from quernstone.attention.models import real_text
+from quernstone.bench.tinylm import corpus
 from quernstone.importers import Graph, Node, evaluate
 
 Inputs = Mapping[str, Tensor]
 Network = Graph | Callable[[Inputs], Mapping[str, Tensor]]
 """A graph, or a function that takes and gives tensors by the names that the graph has for them."""
-Split = Literal["calibration", "held-out"]
-"""Inputs to adjust a network with, or others to measure it with."""
+Split = Literal["calibration", "validation", "held-out"]
+"""Inputs to adjust a network with, others to choose among adjusted ones, others to report."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 # The op, and the input that is the activation.
 _MEASURED = {"conv": 0, "conv_transpose": 0, "linear": 0, "lstm": 0}
@@ -74,20 +75,31 @@ def _decibel(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
+def seed(split: Split, of: int) -> tuple[int, int]:
+    """A seed for the inputs of one kind; each split has its own."""
+    return of, SPLITS.index(split)
+
+
 @functools.cache
 def text(split: Split) -> str:
-    """Prose from the docstrings of the standard library; each split has its own half."""
-    everything = real_text()
-    half = len(everything) // 2
-    return everything[half:] if split == "held-out" else everything[:half]
+    """Prose from the documentation of the standard library; each split has its own documents.
+
+    Calibration has the documents that `tinylm` trains on, the others share those that it does not.
+    """
+    known = corpus.documentation()
+    documents = known.train if split == "calibration" else known.held_out
+    names = sorted(documents)
+    if split != "calibration":
+        names = names[split == "held-out" :: 2]
+    return "\n\n".join(documents[name] for name in names)
 
 
 @functools.cache
 def sentences(split: Split) -> tuple[str, ...]:
-    """The sentences of `text` that are neither short nor code, and stand in no other split."""
+    """The sentences of `text` that are neither short nor code, and stand in no earlier split."""
     flat = " ".join(text(split).split())
     parts = (part.strip() for part in flat.replace("? ", ". ").split(". "))
-    known = set(sentences("calibration")) if split == "held-out" else set()
+    known = {one for before in SPLITS[: SPLITS.index(split)] for one in sentences(before)}
     return tuple(
         part
         for part in dict.fromkeys(parts)
@@ -96,3 +108,9 @@ def sentences(split: Split) -> tuple[str, ...]:
         and part.isascii()
         and not set("=<>{}[]\\|_") & set(part)
     )
+
+
+@functools.cache
+def words(split: Split) -> tuple[str, ...]:
+    """Those of `sentences`, in their order."""
+    return tuple(" ".join(sentences(split)).split())

@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quernstone.bench.fidelity.common import Network, Split, run, sentences
+from quernstone.bench.fidelity.common import SPLITS, Network, Split, run, seed, words
 from quernstone.importers.models import MAGIKA, package_file
 
 _BEGIN, _END, _BLOCK = 1024, 1024, 4096
@@ -40,24 +40,24 @@ _PADDING = 256
 
 
 @functools.cache
-def files(split: Split, each: int = 4) -> tuple[tuple[str, bytes], ...]:
+def files(split: Split, each: int = 10) -> tuple[tuple[str, bytes], ...]:
     """Files with the label that they ought to have.
 
     Args:
         each: files of a format.
     """
-    random = np.random.default_rng((83, split == "held-out"))
+    random = np.random.default_rng(seed(split, 83))
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     sources = [path for path in sources if path.stat().st_size > 2000]
-    # One half of the modules for each split.
-    sources = sources[split == "held-out" :: 2]
+    # Each split has its own modules.
+    sources = sources[SPLITS.index(split) :: len(SPLITS)]
     picked = [sources[i] for i in random.permutation(len(sources))]
-    words = " ".join(sentences(split)).split()
+    text = list(words(split))
     found = [("python", path.read_bytes()) for path in picked[: 4 * each]]
     for label, make in _MAKE.items():
         for _ in range(each):
-            begin = int(random.integers(len(words) - 400))
-            found.append((label, make(words[begin : begin + 400], random)))
+            begin = int(random.integers(len(text) - 400))
+            found.append((label, make(text[begin : begin + 400], random)))
     for _ in range(each):
         path = picked[int(random.integers(len(picked)))]
         found += list(_packed(path))

@@ -19,12 +19,13 @@ _LONGEST = 64
 
 
 @functools.cache
-def encoded(split: Split, count: int = 32) -> dict[str, Tensor]:
-    """Sentences as MiniLM takes them."""
+def encoded(split: Split, count: int = 256) -> dict[str, Tensor]:
+    """Sentences as MiniLM takes them, from all of the split's documents."""
+    known = sentences(split)
     tokenizer = minilm_tokenizer()
     tokenizer.enable_truncation(_LONGEST)
     tokenizer.enable_padding()
-    found = tokenizer.encode_batch(list(sentences(split)[:count]))
+    found = tokenizer.encode_batch([known[i * len(known) // count] for i in range(count)])
     return {
         "input_ids": torch.tensor([e.ids for e in found]),
         "attention_mask": torch.tensor([e.attention_mask for e in found]),
@@ -49,18 +50,22 @@ def cosines(base: Network, changed: Network, split: Split = "held-out") -> Tenso
 
 
 @functools.cache
-def windows(split: Split, count: int = 2, tokens: int = 256) -> tuple[Tensor, int]:
-    """Tokens [n, t] of running text, and how many bytes all but the first of each stand for."""
+def windows(split: Split, count: int = 8, tokens: int = 256) -> tuple[Tensor, int]:
+    """Tokens [n, t] of running text from all over the split, and how many bytes all but the first
+    of each stand for."""
     tokenizer = smollm2_tokenizer()
-    ids = tokenizer.encode(text(split)[: 8 * count * tokens]).ids[: count * tokens]
-    cut = torch.tensor(ids).reshape(count, tokens)
-    read = sum(len(tokenizer.decode(row[1:]).encode()) for row in cut.tolist())
-    return cut, read
+    whole = text(split)
+    starts = [i * len(whole) // count for i in range(count)]
+    rows = [tokenizer.encode(whole[at : at + 12 * tokens]).ids[:tokens] for at in starts]
+    read = sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)
+    return torch.tensor(rows), read
 
 
 def bits_per_byte(network: Network, split: Split = "held-out") -> float:
     """What a causal language model needs for each byte of text, on average."""
     ids, read = windows(split)
-    logits = run(network, {"input_ids": ids})["logits"][:, :-1]
-    nats = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    return float(nats) / math.log(2) / read
+    nats = 0.0
+    for row in ids:
+        logits = run(network, {"input_ids": row[None]})["logits"][0, :-1]
+        nats += float(functional.cross_entropy(logits, row[1:], reduction="sum"))
+    return nats / math.log(2) / read

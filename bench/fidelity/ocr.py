@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from quernstone.bench.fidelity.common import Network, Split, run, sentences
+from quernstone.bench.fidelity.common import Network, Split, run, seed, words
 from quernstone.importers import Graph
 
 HEIGHT = 48
@@ -53,9 +53,9 @@ class Page(NamedTuple):
 
 
 @functools.cache
-def lines(split: Split, count: int = 24, width: int = LINE_WIDTH) -> Lines:
+def lines(split: Split, count: int = 64, width: int = LINE_WIDTH) -> Lines:
     """Lines of documentation in several fonts, sizes and greys, with noise."""
-    random = np.random.default_rng((73, split == "held-out"))
+    random = np.random.default_rng(seed(split, 73))
     texts = _pieces(split, count, 12, 30, random)
     return Lines(texts, torch.stack([_line(text, width, random) for text in texts]))
 
@@ -113,7 +113,7 @@ def _classes(network: Network, pictures: Tensor) -> Tensor:
 
 def turned(split: Split) -> tuple[Tensor, NDArray[np.bool_]]:
     """Lines [n, 3, 48, 192] of which every other stands on its head, and which do."""
-    pictures = lines(split, 64, UPRIGHT_WIDTH).pictures.clone()
+    pictures = lines(split, 256, UPRIGHT_WIDTH).pictures.clone()
     down = np.arange(len(pictures)) % 2 == 1
     pictures[down] = pictures[down].flip(-1, -2)
     return pictures, down
@@ -134,9 +134,9 @@ def upright_agreement(base: Network, changed: Network, split: Split = "held-out"
 
 
 @functools.cache
-def pages(split: Split, count: int = 3) -> tuple[Page, ...]:
+def pages(split: Split, count: int = 6) -> tuple[Page, ...]:
     """Pages with lines of several sizes."""
-    random = np.random.default_rng((79, split == "held-out"))
+    random = np.random.default_rng(seed(split, 79))
     return tuple(_page(split, random) for _ in range(count))
 
 
@@ -235,13 +235,13 @@ def _pieces(
     split: Split, count: int, shortest: int, longest: int, random: np.random.Generator
 ) -> tuple[str, ...]:
     """Runs of whole words of this many characters."""
-    words = " ".join(sentences(split)).split()
+    text = words(split)
     pieces: list[str] = []
     while len(pieces) < count:
-        at, wanted = int(random.integers(len(words) - 40)), int(random.integers(shortest, longest))
+        at, wanted = int(random.integers(len(text) - 40)), int(random.integers(shortest, longest))
         piece = ""
-        while len(piece) < shortest or len(f"{piece} {words[at]}") <= wanted:
-            piece = f"{piece} {words[at]}".strip()
+        while len(piece) < shortest or len(f"{piece} {text[at]}") <= wanted:
+            piece = f"{piece} {text[at]}".strip()
             at += 1
         if len(piece) <= longest and piece.isascii():
             pieces.append(piece)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quernstone.bench.fidelity.common import Network, Split, run
+from quernstone.bench.fidelity.common import Network, Split, run, seed
 
 Wave = NDArray[np.float64]
 
@@ -48,9 +48,9 @@ class Scene(NamedTuple):
 
 
 @functools.cache
-def scene(split: Split, seconds: float = 24.0) -> Scene:
+def scene(split: Split, seconds: float = 96.0) -> Scene:
     """Phrases of speech, and between them near silence, noise or a hum of tones."""
-    random = np.random.default_rng((71, split == "held-out"))
+    random = np.random.default_rng(seed(split, 71))
     waves: list[Wave] = []
     voiced: list[NDArray[np.bool_]] = []
     while sum(map(len, waves)) < seconds * RATE:

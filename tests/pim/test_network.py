@@ -187,6 +187,19 @@ def test_a_budget_for_each_layer_is_kept_by_each() -> None:
     assert loud.layers[1].snr < calm.layers[1].snr
 
 
+def test_a_few_strong_rows_are_not_forgotten_by_the_estimate() -> None:
+    graph = networks.perceptron()
+    weights = graph.constants["w1"].copy()
+    # None of the rows that are tried: every fifth.
+    weights[3] *= 30.0
+    graph = replace(graph, constants={**graph.constants, "w1": weights})
+    candidates = Candidates(graph, calibrate(graph, [_inputs(graph, 512)]), rows=8)
+    first = candidates.choose(30.0, fidelity="each").layers[0]
+    assert first.hamming_rate < 0.9 * first.hamming_rate_before
+    # Estimates of eight rows, whose errors differ.
+    assert first.snr == pytest.approx(30.0, abs=3.0) or first.snr > 30.0
+
+
 def test_without_a_price_the_network_stays_what_it_is() -> None:
     graph = networks.perceptron()
     candidates = Candidates(

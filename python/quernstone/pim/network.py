@@ -475,9 +475,12 @@ class _Problem:
         self.share = few / n
         self._index = index
         self.matrices = weight.matrices(self.nearest.values()).double()[:, index]
-        self.scale = weight.per_row(torch.from_numpy(self.nearest.scale))[:, index]
+        scales = weight.per_row(torch.from_numpy(self.nearest.scale))
+        self.scale = scales[:, index]
         steps = upper.diagonal(dim1=1, dim2=2).square().reciprocal().mean()
-        self.unit = float(steps * self.scale.square().mean())
+        self.unit = float(steps * scales.square().mean())
+        # Errors of a row are as large as its steps: a few rows may make most of a layer's.
+        self._heard = float(self.scale.square().sum() / scales.square().sum())
 
     def round(self, option: _Option) -> Tensor:
         """Stored integers [g, n, k]."""
@@ -494,7 +497,7 @@ class _Problem:
         """Of what was rounded last, against the nearest integers."""
         values = (stored.double() - self._shift) * (self.scale * self._stretch).unsqueeze(-1)
         off = values - self.matrices
-        return float(((off @ self.hessian.double()) * off).sum().clamp(min=0)) / self.share
+        return float(((off @ self.hessian.double()) * off).sum().clamp(min=0)) / self._heard
 
     def codes(self, stored: Tensor, option: _Option) -> Codes:
         array = self.weight.array(stored).contiguous().numpy()
