@@ -62,7 +62,7 @@ def test_an_operating_point_is_chosen_without_held_out_inputs(
 
 
 def test_operating_points_in_use_are_of_those_to_choose_from() -> None:
-    assert all(network.snr in POINTS for network in NETWORKS.values())
+    assert all(network.snr in network.points for network in NETWORKS.values())
 
 
 def test_a_quarter_of_the_promised_loss_is_left_to_inputs_that_are_not_seen() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from quernstone.importers import Node, evaluate
 
 if TYPE_CHECKING:
     from quernstone.pim.network import Compressed
@@ -34,24 +37,40 @@ def influence(compressed: Compressed, batches: Sequence[Mapping[str, Tensor]]) -
     if not batches:
         raise ValueError("batches: got none, expected at least one")
     base = compressed.int8
-    found: dict[str, float] = {}
+    place = {node.name: at for at, node in enumerate(base.nodes)}
+    changed = [
+        (layer, name, codes)
+        for layer, (name, codes) in zip(compressed.layers, compressed.codes.items(), strict=True)
+        if layer.snr < _UNCHANGED_DECIBELS
+    ]
+    found = dict.fromkeys((layer.name for layer, _, _ in changed), 0.0)
     with torch.no_grad():
-        wanted = [base.run(batch) for batch in batches]
-        for layer, (name, codes) in zip(compressed.layers, compressed.codes.items(), strict=True):
-            if layer.snr >= _UNCHANGED_DECIBELS:
-                continue
-            product = f"{name}.product"
-            changed = {
-                product if product in base.constants else name: torch.from_numpy(codes.values())
-            }
-            error = 0.0
-            for batch, want in zip(batches, wanted, strict=True):
-                error += _apart(base.run(batch, constants=changed), want)
-            found[layer.name] = error / 10 ** (-layer.snr / 10)
+        for batch in batches:
+            known: dict[str, list[Tensor]] = {}
+            want = base.run(batch, hook=functools.partial(_remember, known))
+            for layer, name, codes in changed:
+                product = f"{name}.product"
+                key = product if product in base.constants else name
+                # What is before the layer stays as it is.
+                before = base.nodes[: place[codes.weight.node.name]]
+                same = {node.name: known[node.name] for node in before}
+                got = base.run(
+                    batch,
+                    constants={key: torch.from_numpy(codes.values())},
+                    hook=lambda node, _, same=same: same.get(node.name),
+                )
+                found[layer.name] += _apart(got, want) / 10 ** (-layer.snr / 10)
     mean = sum(found.values()) / len(found) if found else 0.0
     if mean == 0.0:
         return {layer.name: 1.0 for layer in compressed.layers}
     return {layer.name: found.get(layer.name, mean) / mean for layer in compressed.layers}
+
+
+def _remember(
+    known: dict[str, list[Tensor]], node: Node, given: Sequence[Tensor | None]
+) -> list[Tensor]:
+    known[node.name] = evaluate(node, given)
+    return known[node.name]
 
 
 def _apart(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
