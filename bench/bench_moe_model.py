@@ -95,9 +95,7 @@ def prompt(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def runner(
-    model: Any, what: What, ids: Tensor, experts: str | None = None
-) -> Callable[[], Tensor]:
+def runner(model: Any, what: What, ids: Tensor, experts: str | None = None) -> Callable[[], Tensor]:
     if what == "decode":
         return Decoding(model, ids, experts)
     return prompt(model, ids[:, : int(what.removeprefix("ttft"))])

@@ -175,7 +175,7 @@ def bench_toggles(case: NetworkCase, measure: Measure) -> None:
     before, after = found["rates"]  # type: ignore[misc]
     measure.panel(
         f"Rtog of {name}, {found['name']}",
-        figures_pim.toggles(before, after, found["bounds"]),  # type: ignore[arg-type]
+        figures_pim.toggles(name, before, after, found["bounds"]),  # type: ignore[arg-type]
         f"Share of cell products that toggle in each cycle, {VECTORS} vectors of held-out inputs "
         "one bit after the other; dashed the Hamming rates, which no input exceeds.",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,11 @@ from quernstone.pim.network import Layer
 
 # Of the palette of Okabe and Ito.
 _COLOURS = ("#0f6b6b", "#d08a1d", "#56b4e9", "#cc79a7", "#009e73", "#626872", INK)
+
+
+def _name(figure: str, networks: Iterable[str]) -> str:
+    """Of a figure of these networks: a page may hold several of one kind."""
+    return "-".join((figure, *networks))
 
 
 def layers(networks: Mapping[str, Sequence[Layer]]) -> str:
@@ -35,7 +40,7 @@ def layers(networks: Mapping[str, Sequence[Layer]]) -> str:
             axes.set_ylabel("Hamming rate")
         panels[-1].set_xlabel("layer, from input to output")
         panels[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
-        return svg(figure, "pim-layers")
+        return svg(figure, _name("pim-layers", networks))
 
 
 def frontier(networks: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
@@ -59,11 +64,14 @@ def frontier(networks: Mapping[str, Sequence[tuple[float, float, float]]]) -> st
         axes.set_ylabel("ones cut, %", color=SOFT)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8)
-        return svg(figure, "pim-frontier")
+        return svg(figure, _name("pim-frontier", networks))
 
 
 def toggles(
-    before: NDArray[np.float64], after: NDArray[np.float64], rates: tuple[float, float]
+    network: str,
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    rates: tuple[float, float],
 ) -> str:
     """Rtog of one macro over bit-cycles, with the Hamming rates that bound it."""
     with rc_context(STYLE):
@@ -85,4 +93,4 @@ def toggles(
         axes.set_ylim(0, 1.15 * max(rates))
         axes.margins(x=0.01)
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
-        return svg(figure, "pim-toggles")
+        return svg(figure, _name("pim-toggles", (network,)))
