@@ -49,7 +49,7 @@ def frontier(networks: Mapping[str, Sequence[tuple[float, float, float]]]) -> st
     The marker is filled where `kept` says that what a user notices is within the promise.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(8.4, 3.0), layout="constrained")
         axes: Any = figure.subplots()
         for (name, points), colour in zip(networks.items(), _COLOURS, strict=False):
             decibels, cut, kept = (np.array(part) for part in zip(*points, strict=True))
@@ -60,7 +60,7 @@ def frontier(networks: Mapping[str, Sequence[tuple[float, float, float]]]) -> st
                 decibels[~good], 100 * cut[~good], "o", color=colour, markersize=4.5,
                 markerfacecolor="white",
             )  # fmt: skip
-        axes.set_xlabel("output of a layer against int8, held-out inputs, dB")
+        axes.set_xlabel("output of a layer against int8, held-out inputs, mean over layers, dB")
         axes.set_ylabel("ones cut, %", color=SOFT)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8)

@@ -57,7 +57,7 @@ def influence(compressed: Compressed, batches: Sequence[Mapping[str, Tensor]]) -
                 got = base.run(
                     batch,
                     constants={key: torch.from_numpy(codes.values())},
-                    hook=lambda node, _, same=same: same.get(node.name),
+                    hook=functools.partial(_instead, same),
                 )
                 found[layer.name] += _apart(got, want) / 10 ** (-layer.snr / 10)
     mean = sum(found.values()) / len(found) if found else 0.0
@@ -71,6 +71,12 @@ def _remember(
 ) -> list[Tensor]:
     known[node.name] = evaluate(node, given)
     return known[node.name]
+
+
+def _instead(
+    same: Mapping[str, list[Tensor]], node: Node, _: Sequence[Tensor | None]
+) -> list[Tensor] | None:
+    return same.get(node.name)
 
 
 def _apart(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
