@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,13 +17,9 @@ from quernstone.pim import Macro, toggle_rate
 from quernstone.pim.network import Compressed, integer_inputs
 
 
-@functools.cache
-def pressed(name: str) -> tuple[Compressed, float]:
-    """The network at its operating point, and the seconds that it took."""
-    cases.tried(name)
-    begin = time.perf_counter()
-    found = cases.compressed(name, NETWORKS[name].snr)
-    return found, time.perf_counter() - begin
+def pressed(name: str) -> Compressed:
+    """The network at its operating point."""
+    return cases.compressed(name, NETWORKS[name].snr)
 
 
 @dataclass(frozen=True)
@@ -117,22 +111,21 @@ def bench_cut(case: NetworkCase, measure: Measure) -> None:
     name = case.network.name
 
     def notes() -> list[str]:
-        found, seconds = pressed(name)
+        found = pressed(name)
         return [
             f"at {case.network.snr:g} dB, which `pim.point.{name}` takes with validation inputs",
             f"HR {found.hamming_rate_before:.4f} of the nearest integers, "
             f"{found.hamming_rate:.4f} now; {found.snr:.1f} dB on calibration inputs",
-            f"rounded in {seconds:.0f} s after the candidates were tried",
         ]
 
     _value(
         case, measure, "ones cut, int8 per channel, without training", "%",
-        lambda: 100 * pressed(name)[0].cut, notes,
+        lambda: 100 * pressed(name).cut, notes,
     )  # fmt: skip
     if case.quick or name == "minilm":
         measure.panel(
             f"Hamming rate of {name}, layer by layer",
-            figures_pim.layers({name: pressed(name)[0].layers}),
+            figures_pim.layers({name: pressed(name).layers}),
             "Every layer with its weights at the nearest integers of 8 bits, and rounded to few "
             "ones at the operating point of this row.",
         )
@@ -148,7 +141,7 @@ def bench_toggles(case: NetworkCase, measure: Measure) -> None:
     found: dict[str, object] = {}
 
     def compute() -> float:
-        network = pressed(name)[0]
+        network = pressed(name)
         weight = max(
             (codes.weight for codes in network.codes.values() if codes.weight.groups == 1),
             key=lambda weight: weight.size,
@@ -210,7 +203,7 @@ def bench_snr(case: NetworkCase, measure: Measure) -> None:
     found: dict[str, float] = {}
 
     def compute() -> float:
-        network = pressed(case.network.name)[0]
+        network = pressed(case.network.name)
         found.update(layer_snr(network.int8, network.network, case.network.inputs("held-out")))
         return _mean(found)
 
@@ -226,7 +219,7 @@ def bench_kept(case: NetworkCase, measure: Measure) -> None:
     of = case.network
 
     def compute() -> float:
-        network = pressed(of.name)[0]
+        network = pressed(of.name)
         return of.kept(network.int8, network.network, "held-out")
 
     _value(case, measure, of.what, of.unit, compute)

@@ -217,6 +217,7 @@ def tried(name: str) -> tuple[Candidates, dict[str, float]]:
     return candidates, influence(candidates.choose(28.0, fidelity="each"), few)
 
 
+@functools.cache
 def compressed(name: str, snr: float) -> Compressed:
     """A network at a fidelity in dB, its layers by their influence."""
     candidates, weights = tried(name)

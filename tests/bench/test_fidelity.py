@@ -28,6 +28,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part of the inputs of each split: a test needs no figure to the last percent."""
+    lines, every = ocr.lines, files.files
+    encoded, windows = language.encoded, language.windows
+
+    def some(split: Split, count: int = 24, width: int = ocr.LINE_WIDTH) -> ocr.Lines:
+        return lines(split, min(count, 64), width)
+
+    monkeypatch.setattr(ocr, "lines", some)
+    monkeypatch.setattr(files, "files", lambda split: every(split, 4))
+    monkeypatch.setattr(language, "encoded", lambda split: encoded(split, 32))
+    monkeypatch.setattr(language, "windows", lambda split: windows(split, 2))
+
+
 def coarse(graph: Graph, levels: int) -> Graph:
     """The weights in steps of their greatest magnitude / levels, channel by channel."""
     changed = {}
@@ -41,7 +56,7 @@ def coarse(graph: Graph, levels: int) -> Graph:
 
 
 @_installed(models.PP_OCR)
-def test_the_recogniser_reads_rendered_lines_and_int8_hardly_worse() -> None:
+def test_the_recogniser_reads_rendered_lines_and_int8_hardly_worse(fewer: None) -> None:
     graph = models.pp_ocr("recogniser")
     alphabet = ocr.characters(graph)
     whole = ocr.character_accuracy(graph, alphabet)
@@ -51,7 +66,7 @@ def test_the_recogniser_reads_rendered_lines_and_int8_hardly_worse() -> None:
 
 
 @_installed(models.PP_OCR)
-def test_the_classifier_knows_upside_down() -> None:
+def test_the_classifier_knows_upside_down(fewer: None) -> None:
     graph = models.pp_ocr("classifier")
     _, down = ocr.turned("held-out")
     assert (ocr.upside_down(graph) == down).mean() > 0.97
@@ -85,24 +100,24 @@ def test_synthesised_speech_is_heard_as_speech() -> None:
 
 
 @_installed(models.MAGIKA)
-def test_files_are_told_apart() -> None:
+def test_files_are_told_apart(fewer: None) -> None:
     graph = models.magika()
-    assert len(files.files("held-out")) >= 200
+    assert len(files.files("held-out")) >= 100
     assert files.accuracy(graph) > 0.85
     assert files.agreement(graph, coarse(graph, 2)) < 0.95
 
 
 @_installed(models.MINILM)
-def test_embeddings_of_sentences_turn_with_coarse_weights() -> None:
+def test_embeddings_of_sentences_turn_with_coarse_weights(fewer: None) -> None:
     graph = models.minilm()
     fine = language.cosines(graph, coarse(graph, 127))
-    assert fine.shape == (256,)
+    assert fine.shape == (32,)
     assert 0.99 < fine.min() < 1
     assert language.cosines(graph, coarse(graph, 4)).mean() < 0.9
 
 
 @_installed(models.SMOLLM2)
-def test_smollm2_needs_a_bit_for_a_byte() -> None:
+def test_smollm2_needs_a_bit_for_a_byte(fewer: None) -> None:
     graph = models.smollm2()
     whole = language.bits_per_byte(graph)
     # About what transformers needs on such text.
@@ -138,6 +153,7 @@ def test_the_splits_share_no_input(one: Split, other: Split) -> None:
     assert text(one)[:2000] not in text(other)
     assert not set(ocr.lines(one).texts) & set(ocr.lines(other).texts)
     assert len(sentences(other)) >= 256
+    assert len(files.files(other)) >= 200
     contents = [{content for _, content in files.files(split)} for split in (one, other)]
     assert not contents[0] & contents[1]
     waves = [speech.scene(split).wave[:16000] for split in (one, other)]

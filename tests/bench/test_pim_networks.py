@@ -47,7 +47,7 @@ def test_an_operating_point_is_chosen_without_held_out_inputs(
         least=0.99, whole=1.0,
     )  # fmt: skip
     monkeypatch.setitem(NETWORKS, "small", small)
-    for name in ("tried", "operating_point"):
+    for name in ("tried", "compressed", "operating_point"):
         fresh = functools.cache(getattr(pim_networks, name).__wrapped__)
         monkeypatch.setattr(pim_networks, name, fresh)
     found = pim_networks.operating_point("small")
