@@ -44,7 +44,7 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
     QS_TRY(same("out.shape[0]", out.extent[0], "", tokens));
     QS_TRY(same("out.shape[1]", out.extent[1], "", layout.rows));
     if (compute == Compute::kInt8 && layout.format == Format::kBf16) {
-        return invalid("compute", "int8", "float with bf16 weights");
+        return invalid("compute", "int8", "float or mixed with bf16 weights");
     }
     if (tokens == 0) {
         return {};

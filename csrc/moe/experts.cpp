@@ -356,7 +356,7 @@ Status forward(const Experts& experts, const ForwardArgs& a, int threads) noexce
     QS_TRY(same("out.shape[0]", a.out.extent[0], "", counts.tokens));
     QS_TRY(same("out.shape[1]", a.out.extent[1], "", experts.hidden));
     if (a.compute == Compute::kInt8 && experts.format == gemm::Format::kBf16) {
-        return invalid("compute", "int8", "float with bf16 weights");
+        return invalid("compute", "int8", "float or mixed with bf16 weights");
     }
     QS_TRY(check_choices(experts, a, counts));
     return Forward(experts, a, counts, threads).run();
