@@ -87,7 +87,8 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
     };
     const bool wide = operand == Operand::kBf16;
     const std::int64_t share = std::max<std::int64_t>(1, blocks / (std::int64_t{16} * threads));
-    const std::int64_t run = wide ? std::min(round_up(share, kWideBlocks), divide_up(blocks, threads)) : share;
+    const std::int64_t run =
+        wide ? std::min(round_up(share, kWideBlocks), divide_up(blocks, threads)) : share;
     parallel_for(divide_up(blocks, run), threads, [&](std::int64_t task) noexcept {
         const std::int64_t begin = task * run;
         const std::int64_t end = std::min(blocks, begin + run);

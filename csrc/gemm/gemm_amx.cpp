@@ -391,7 +391,7 @@ void silu_multiply(float* gate, const float* up, std::int64_t n) {
 
 }  // namespace
 
-const Kernels kKernels{bf16_float, int8_float, int8_int8, int4_float, int4_int8, quantize,
-                       silu_multiply, bf16_bf16, int8_bf16, int4_bf16, narrow};
+const Kernels kKernels{bf16_float,    int8_float, int8_int8, int4_float, int4_int8, quantize,
+                       silu_multiply, bf16_bf16,  int8_bf16, int4_bf16,  narrow};
 
 }  // namespace quernstone::gemm::avx512_amx

@@ -64,9 +64,8 @@ inline void store_pairs(std::byte* to, __m512 low, __m512 high) {
 struct ExpandInt4 {
     static constexpr std::int64_t kBytes = kDepth * kRows / 2;  // of a step of a block
 
-    const __m512 number =
-        _mm512_setr_ps(0.F, 1.F, 2.F, 3.F, 4.F, 5.F, 6.F, 7.F, 8.F, 9.F, 10.F, 11.F, 12.F, 13.F,
-                       14.F, 15.F);
+    const __m512 number = _mm512_setr_ps(0.F, 1.F, 2.F, 3.F, 4.F, 5.F, 6.F, 7.F, 8.F, 9.F, 10.F,
+                                         11.F, 12.F, 13.F, 14.F, 15.F);
 
     [[gnu::always_inline]] void step(const Block& w, std::int64_t at, std::byte* to) const {
         const std::int64_t group = (at >> w.group_shift) * kRows;
@@ -138,8 +137,8 @@ struct TileArgs {
     const std::byte* w;  // tiles of the first block, and `w_stride` bytes behind them of the second
     std::int64_t w_stride;
     std::int64_t steps;
-    float* out;                // of the first block and token
-    std::int64_t out_stride;   // floats between blocks
+    float* out;               // of the first block and token
+    std::int64_t out_stride;  // floats between blocks
     bool first;
 };
 

@@ -123,8 +123,9 @@ struct TokenRoom {
             return {nullptr, nullptr, nullptr, values + begin * padded, padded, count};
         }
         if (halves != nullptr) {
-            return {nullptr, nullptr, nullptr, nullptr,
-                    padded,  count,   halves + begin * kRunInputs, run_stride};
+            return {
+                nullptr,   nullptr, nullptr, nullptr, padded, count, halves + begin * kRunInputs,
+                run_stride};
         }
         const std::int64_t group = begin * (padded / kScaleGroup);
         return {codes + begin * padded, scales + group, sums + group, nullptr, padded, count};
@@ -137,7 +138,8 @@ struct TokenRoom {
                   const Body& body) const noexcept {
         for (std::int64_t done = 0; done < n;) {
             const std::int64_t at = begin + done, inside = at % kRunInputs;
-            const std::int64_t some = inside + n - done < kRunInputs ? n - done : kRunInputs - inside;
+            const std::int64_t some =
+                inside + n - done < kRunInputs ? n - done : kRunInputs - inside;
             body(halves + at / kRunInputs * run_stride + t * kRunInputs + inside, done, some);
             done += some;
         }

@@ -130,8 +130,7 @@ class Forward {
             if (of == &few_ || of->wide()) {
                 of->tokens = room(n_.tokens, wide, of->operand);
                 // One token is every expert's only input; more are gathered by expert.
-                of->inputs =
-                    n_.tokens == 1 ? of->tokens : room(n_.assignments, wide, of->operand);
+                of->inputs = n_.tokens == 1 ? of->tokens : room(n_.assignments, wide, of->operand);
                 of->inner = room(n_.assignments, down_.padded_inputs(), of->operand);
             }
         }
@@ -257,9 +256,8 @@ class Forward {
         const std::int64_t blocks = down_.blocks();
         const std::int64_t share = std::max<std::int64_t>(1, blocks / (kTasksPerThread * threads_));
         const std::int64_t run =
-            many_.wide()
-                ? std::min(round_up(share, gemm::kWideBlocks), divide_up(blocks, threads_))
-                : share;
+            many_.wide() ? std::min(round_up(share, gemm::kWideBlocks), divide_up(blocks, threads_))
+                         : share;
         parallel_for(divide_up(blocks, run), threads_, [&](std::int64_t task) noexcept {
             const std::int64_t begin = task * run;
             const std::int64_t end = std::min(blocks, begin + run);

@@ -1,4 +1,4 @@
-"""Products of many tokens by tiles of bf16: right, chosen by the call alone, and elsewhere the few's."""
+"""Products of many tokens by tiles of bf16, chosen by the call; of few, those of int8."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from quernstone import _core
 from quernstone.quant.linear import PackedLinear, PackedMatrix
 from tests.gemm.cases import FORMS, Form, normal, packed
 from tests.gemm.test_products import product

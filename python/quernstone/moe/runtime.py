@@ -42,8 +42,8 @@ class Runtime:
 
     Outputs depend neither on the schedule, nor on the cache, nor on prefetching: a token's experts
     are summed in the order of their numbers wherever each was computed. Between devices of
-    different arithmetic they differ by its rounding, unless `reproducible`. An expert of a call goes
-    to one device with all its tokens, so this holds for experts that compute as "mixed" too.
+    different arithmetic they differ by its rounding, unless `reproducible`. An expert goes to one
+    device with all its tokens of a call, so this holds for those that compute as "mixed" too.
 
     Args:
         layers: experts by the name of their layer, in the order in which a model calls them.
