@@ -22,6 +22,7 @@ from quernstone.bench.rivals import ik_llama, ik_model
 from quernstone.bench.tinylm import experts as tiny
 from quernstone.bench.tinylm.corpus import HELD_OUT
 from quernstone.moe import AdaptiveGating
+from quernstone.moe.experts import Compute
 from quernstone.moe.routing import moe_blocks
 
 Name = Literal["mixtral4", "top2of16"]
@@ -44,8 +45,8 @@ def original(name: Name) -> Any:
 
 
 @functools.lru_cache(maxsize=2)
-def accelerated(name: Name) -> Any:
-    return cases.packed_copy(original(name))
+def accelerated(name: Name, compute: Compute) -> Any:
+    return cases.packed_copy(original(name), compute=compute)
 
 
 def text(name: Name, count: int) -> Tensor:
@@ -101,23 +102,32 @@ def runner(model: Any, what: What, ids: Tensor, experts: str | None = None) -> C
     return prompt(model, ids[:, : int(what.removeprefix("ttft"))])
 
 
-def error_of(model: Any, want: Tensor) -> float:
+def error_of(model: Any, want: Tensor, probe: list[int] = PROBE) -> float:
     with torch.inference_mode():
-        got = model(torch.tensor([PROBE]), logits_to_keep=1).logits[0, -1].float()
+        got = model(torch.tensor([probe]), logits_to_keep=1).logits[0, -1].float()
     return float((got - want).norm() / want.norm())
 
 
-def check_of(name: Name, model: Any, weight: Callable[[str, int | None], Tensor]) -> Check:
-    want = wanted(name, weight)
-    return Check(lambda _: error_of(model, want), TOLERANCE)
+def check_of(
+    name: Name,
+    model: Any,
+    weight: Callable[[str, int | None], Tensor],
+    probe: list[int] = PROBE,
+) -> Check:
+    want = wanted(name, weight, probe)
+    return Check(lambda _: error_of(model, want, probe), TOLERANCE)
 
 
 def wanted(
-    name: Name, weight: Callable[[str, int | None], Tensor], *, onto_normed: bool = False
+    name: Name,
+    weight: Callable[[str, int | None], Tensor],
+    probe: list[int] = PROBE,
+    *,
+    onto_normed: bool = False,
 ) -> Tensor:
     of = ik_model.model_of(original(name).config)
     with torch.inference_mode():
-        return ik_model.logits(of, weight, PROBE, onto_normed=onto_normed)
+        return ik_model.logits(of, weight, probe, onto_normed=onto_normed)
 
 
 def transformers_rival(name: Name, what: What, ids: Tensor) -> Rival:
@@ -224,12 +234,15 @@ def _whole(model: Name) -> list[ModelCase]:
 @rows(*_whole("mixtral4"), *_whole("top2of16"))
 def bench_model(case: ModelCase, measure: Measure) -> None:
     """int4 in groups of 32 everywhere but in routers, norms and the embedding, as Q4_0 there."""
-    model, ids = accelerated(case.model), text(case.model, 1024)
+    compute: Compute = "int8" if case.what == "decode" else "mixed"
+    model, ids = accelerated(case.model, compute), text(case.model, 1024)
     rivals = [
         ik_rival(case.model, case.what, case.threads, ids),
         transformers_rival(case.model, case.what, ids),
     ]
-    check = check_of(case.model, model, cases.packed_weight_of(model))
+    # So many that experts have enough for tiles of bf16; the other path has a test of two.
+    probe = PROBE if case.what == "decode" else ids[0, :PREFIX].tolist()
+    check = check_of(case.model, model, cases.packed_weight_of(model), probe)
     handle = model.quernstone
     size = handle.step_bytes()
     if case.what != "decode" or case.model != "mixtral4":
@@ -239,6 +252,7 @@ def bench_model(case: ModelCase, measure: Measure) -> None:
             ours=runner(model, case.what, ids),
             check=check,
             rivals=rivals,
+            notes=[f"ours with compute={compute!r}"],
         )
         return
     with limits.reading() as limit:
@@ -268,7 +282,7 @@ class GateCase:
 @rows(*(GateCase(model, threads) for model in ("top2of16", "mixtral4") for threads in (1, 2)))
 def bench_gating_speed(case: GateCase, measure: Measure) -> None:
     """Decoding with gating beside decoding without: AdapMoE has 1.35x where experts are moved."""
-    model, ids = accelerated(case.model), text(case.model, 1024)
+    model, ids = accelerated(case.model, "int8"), text(case.model, 1024)
     gating, words = gating_of(case.model)
     steps = Decoding(model, ids)
     blocks = model.quernstone.blocks.values()

@@ -162,7 +162,7 @@ def packed_copy(model: Any, **settings: Any) -> Any:
         made,
         experts,
         matrices,
-        compute=None,
+        compute=settings.pop("compute", None),
         attention="quernstone",
         gating=settings.pop("gating", None),
         runtime=runtime_of({}),

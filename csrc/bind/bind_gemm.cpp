@@ -31,7 +31,10 @@ gemm::Compute parse_compute(const std::string& compute) {
     if (compute == "int8") {
         return gemm::Compute::kInt8;
     }
-    raise(invalid("compute", compute.c_str(), "'float' or 'int8'"));
+    if (compute == "mixed") {
+        return gemm::Compute::kMixed;
+    }
+    raise(invalid("compute", compute.c_str(), "'float', 'int8' or 'mixed'"));
     return {};
 }
 

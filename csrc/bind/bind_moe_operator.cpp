@@ -19,7 +19,7 @@ constexpr const char* kSchema =
 
 // [6] int64: one tensor, since every argument of an operator costs a call a fraction of a us.
 namespace setting {
-enum : std::size_t { kFormat, kHidden, kIntermediate, kGroup, kZeroPoints, kIntegers, kCount };
+enum : std::size_t { kFormat, kHidden, kIntermediate, kGroup, kZeroPoints, kCompute, kCount };
 }
 
 void expect(const Tensor& x, const char* device, const char* ndim, std::int64_t want) {
@@ -105,8 +105,11 @@ void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
     }
     const std::int64_t shape[] = {x.shape()[0], x.shape()[1]};
     Tensor out = shim::empty(2, shape, x.dtype());
-    const auto compute =
-        given[setting::kIntegers] != 0 ? gemm::Compute::kInt8 : gemm::Compute::kFloat;
+    const std::int64_t how = given[setting::kCompute];
+    if (how < 0 || how > static_cast<std::int64_t>(gemm::Compute::kMixed)) {
+        raise(invalid("compute", how, "0 to 2"));
+    }
+    const auto compute = static_cast<gemm::Compute>(how);
     const auto id = view<const std::int64_t>(ids);
     const auto weight = view<const float>(weights);
     const std::int64_t tokens = shape[0], width = shape[1];

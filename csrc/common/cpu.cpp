@@ -63,7 +63,7 @@ Isa probe() noexcept {
         return Isa::kAvx2;
     }
     const bool vnni = bit(c, 11);
-    const bool amx = bit(d, 24) && bit(d, 25) && tiles_granted(xcr0);
+    const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25) && tiles_granted(xcr0);
     const bool bf16 = subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && bit(a, 5);
     if (!vnni || !bf16) {
         return Isa::kAvx512;

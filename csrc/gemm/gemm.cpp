@@ -44,35 +44,35 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
     QS_TRY(same("out.shape[0]", out.extent[0], "", tokens));
     QS_TRY(same("out.shape[1]", out.extent[1], "", layout.rows));
     if (compute == Compute::kInt8 && layout.format == Format::kBf16) {
-        return invalid("compute", "int8", "float with bf16 weights");
+        return invalid("compute", "int8", "float or mixed with bf16 weights");
     }
     if (tokens == 0) {
         return {};
     }
     const std::int64_t padded = layout.padded_inputs();
-    const std::size_t bytes = TokenRoom::bytes(tokens, padded, compute);
+    const Kernels& kernels = active_kernels();
+    const Operand operand = kernels.operand(layout.format, compute, tokens);
+    const std::size_t bytes = TokenRoom::bytes(tokens, padded, operand);
     Scratch& scratch = Scratch::of_this_thread();
     std::byte* memory = scratch.reserve(bytes);
     if (memory == nullptr) {
         return no_memory("activations", static_cast<std::int64_t>(bytes));
     }
-    const Kernels& kernels = active_kernels();
-    const BlocksTimesTokens product = kernels.pick(layout.format, compute);
-    const TokenRoom room(memory, tokens, padded, compute);
+    const BlocksTimesTokens product = kernels.pick(layout.format, operand);
+    const TokenRoom room(memory, tokens, padded, operand);
     parallel_for(tokens, tokens * padded < 16384 ? 1 : threads, [&](std::int64_t t) noexcept {
         room.put_token(kernels, t, x.at(t, 0), layout.inputs);
     });
     const std::int64_t blocks = layout.blocks();
-    const std::int64_t run = std::max<std::int64_t>(1, blocks / (std::int64_t{16} * threads));
-    parallel_for(divide_up(blocks, run), threads, [&](std::int64_t task) noexcept {
-        alignas(kAlign) std::array<float, kTileFloats> tile;
-        const std::int64_t end = std::min(blocks, (task + 1) * run);
-        const std::int64_t most = blocks_at_once(tokens);
-        for (std::int64_t b = task * run; b < end; b += most) {
+    // Blocks begin..end times all tokens, so many of both at once, which is room for their products.
+    const auto some_blocks = [&]<std::int64_t kChunk, std::int64_t kFloats>(
+                                 std::int64_t begin, std::int64_t end, std::int64_t most) noexcept {
+        alignas(kAlign) std::array<float, kFloats> tile;
+        for (std::int64_t b = begin; b < end; b += most) {
             const std::int64_t some = std::min(most, end - b);
             const Block block = blocks_at(layout, w.block(b), some);
-            for (std::int64_t t0 = 0; t0 < tokens; t0 += kTokenChunk) {
-                const std::int64_t count = std::min(kTokenChunk, tokens - t0);
+            for (std::int64_t t0 = 0; t0 < tokens; t0 += kChunk) {
+                const std::int64_t count = std::min(kChunk, tokens - t0);
                 product(block, room.part(t0, count), tile.data());
                 for (std::int64_t i = 0; i < some; ++i) {
                     const std::int64_t row = (b + i) * kRows;
@@ -83,6 +83,19 @@ Status multiply(const Matrix& w, View<const float, 2> x, Compute compute, View<f
                     }
                 }
             }
+        }
+    };
+    const bool wide = operand == Operand::kBf16;
+    const std::int64_t share = std::max<std::int64_t>(1, blocks / (std::int64_t{16} * threads));
+    const std::int64_t run =
+        wide ? std::min(round_up(share, kWideBlocks), divide_up(blocks, threads)) : share;
+    parallel_for(divide_up(blocks, run), threads, [&](std::int64_t task) noexcept {
+        const std::int64_t begin = task * run;
+        const std::int64_t end = std::min(blocks, begin + run);
+        if (wide) {
+            some_blocks.operator()<kWideTokens, kWideFloats>(begin, end, kWideBlocks);
+        } else {
+            some_blocks.operator()<kTokenChunk, kTileFloats>(begin, end, blocks_at_once(tokens));
         }
     });
     scratch.release_large();

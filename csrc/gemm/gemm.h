@@ -21,8 +21,11 @@ inline constexpr std::int64_t kMaxSide = std::int64_t{1} << 24;
 
 enum class Format : std::uint8_t { kBf16, kInt8, kInt4 };
 
-// What activations are multiplied as. kInt8 takes int8 or int4 weights.
-enum class Compute : std::uint8_t { kFloat, kInt8 };
+// What activations are multiplied as. kInt8 takes int8 or int4 weights. kMixed: as bf16, with weights
+// of bf16, where a level has tiles for it and kManyTokens or more share the weights; the others as
+// int8, with weights of bf16 as float.
+enum class Compute : std::uint8_t { kFloat, kInt8, kMixed };
+inline constexpr std::int64_t kManyTokens = 32;
 
 struct Layout {
     Format format = Format::kBf16;
@@ -77,7 +80,8 @@ struct Codes {
 // The weights as numbers again, for tests and tools.
 [[nodiscard]] Status unpack(const Matrix& matrix, View<float, 2> to) noexcept;
 
-// x and out are contiguous along their last axis. A token's result depends on that token alone.
+// x and out are contiguous along their last axis. A token's result depends on that token alone, with
+// kMixed on whether the call has kManyTokens too.
 [[nodiscard]] Status multiply(const Matrix& w, View<const float, 2> x, Compute compute,
                               View<float, 2> out, int threads) noexcept;
 

@@ -7,6 +7,13 @@
 // Many tokens by tiles of int8: a group of 32 inputs of 16 tokens and 16 outputs is one tile product,
 // exact in int32, and is scaled and summed as the VNNI level does it. Everything else is that level's.
 namespace quernstone::gemm::avx512_amx {
+
+// gemm_amx_bf16.cpp
+void bf16_bf16(const Block& blocks, const Tokens& x, float* out);
+void int8_bf16(const Block& blocks, const Tokens& x, float* out);
+void int4_bf16(const Block& blocks, const Tokens& x, float* out);
+void narrow(const float* x, std::int64_t n, bf16* to);
+
 namespace {
 
 constexpr int kTile = 16;                         // tokens of a tile
@@ -384,7 +391,7 @@ void silu_multiply(float* gate, const float* up, std::int64_t n) {
 
 }  // namespace
 
-const Kernels kKernels{bf16_float, int8_float, int8_int8,    int4_float,
-                       int4_int8,  quantize,   silu_multiply};
+const Kernels kKernels{bf16_float,    int8_float, int8_int8, int4_float, int4_int8, quantize,
+                       silu_multiply, bf16_bf16,  int8_bf16, int4_bf16,  narrow};
 
 }  // namespace quernstone::gemm::avx512_amx

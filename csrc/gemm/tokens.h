@@ -13,22 +13,35 @@ struct TokenRoom {
     float* scales = nullptr;
     std::int32_t* sums = nullptr;
     float* values = nullptr;
+    bf16* halves = nullptr;
     std::int64_t padded = 0;
+    std::int64_t run_stride = 0;
 
     [[nodiscard]] static std::size_t bytes(std::int64_t count, std::int64_t padded,
-                                           Compute compute) noexcept {
+                                           Operand operand) noexcept {
         const auto numbers = static_cast<std::size_t>(count * padded);
-        return aligned(compute == Compute::kInt8 ? numbers : 0) +
-               2 * aligned(compute == Compute::kInt8 ? numbers / kScaleGroup * 4 : 0) +
-               aligned(compute == Compute::kFloat ? numbers * 4 : 0);
+        switch (operand) {
+            case Operand::kFloat:
+                return aligned(numbers * sizeof(float));
+            case Operand::kInt8:
+                return aligned(numbers) + 2 * aligned(numbers / kScaleGroup * sizeof(float));
+            case Operand::kBf16:
+                return static_cast<std::size_t>(round_up(padded, kRunInputs) * count) *
+                       sizeof(bf16);
+        }
+        return 0;
     }
 
     TokenRoom() = default;
-    TokenRoom(std::byte* memory, std::int64_t count, std::int64_t padded_, Compute compute) noexcept
-        : padded(padded_) {
+    TokenRoom(std::byte* memory, std::int64_t count, std::int64_t padded_, Operand operand) noexcept
+        : padded(padded_), run_stride(count * kRunInputs) {
         const auto numbers = static_cast<std::size_t>(count * padded);
-        if (compute == Compute::kFloat) {
+        if (operand == Operand::kFloat) {
             values = reinterpret_cast<float*>(memory);
+            return;
+        }
+        if (operand == Operand::kBf16) {
+            halves = reinterpret_cast<bf16*>(memory);
             return;
         }
         codes = reinterpret_cast<std::int8_t*>(memory);
@@ -49,6 +62,13 @@ struct TokenRoom {
             std::memset(values + at + n, 0, static_cast<std::size_t>(end - n) * sizeof *x);
             return;
         }
+        if (halves != nullptr) {
+            each_run(t, begin, n, [&](bf16* to, std::int64_t done, std::int64_t some) {
+                kernels.narrow(x + done, some, to);
+            });
+            put_bf16_zeros(t, begin + n, end - n);
+            return;
+        }
         kernels.quantize(x, n, end, codes + at, scales + at / kScaleGroup, sums + at / kScaleGroup);
     }
 
@@ -67,6 +87,10 @@ struct TokenRoom {
             std::memset(values + at, 0, n * sizeof *values);
             return;
         }
+        if (halves != nullptr) {
+            put_bf16_zeros(t, begin, padded - begin);
+            return;
+        }
         std::memset(codes + at, 0, n);
         std::memset(scales + at / kScaleGroup, 0, n / kScaleGroup * sizeof *scales);
         std::memset(sums + at / kScaleGroup, 0, n / kScaleGroup * sizeof *sums);
@@ -77,6 +101,14 @@ struct TokenRoom {
         const auto n = static_cast<std::size_t>(padded);
         if (values != nullptr) {
             std::memcpy(values + t * padded, other.values + from * padded, n * sizeof *values);
+            return;
+        }
+        if (halves != nullptr) {
+            each_run(t, 0, padded, [&](bf16* to, std::int64_t done, std::int64_t some) {
+                const bf16* row = other.halves + done / kRunInputs * other.run_stride;
+                std::memcpy(to, row + from * kRunInputs,
+                            static_cast<std::size_t>(some) * sizeof *to);
+            });
             return;
         }
         const std::int64_t groups = padded / kScaleGroup;
@@ -90,11 +122,35 @@ struct TokenRoom {
         if (values != nullptr) {
             return {nullptr, nullptr, nullptr, values + begin * padded, padded, count};
         }
+        if (halves != nullptr) {
+            return {
+                nullptr,   nullptr, nullptr, nullptr, padded, count, halves + begin * kRunInputs,
+                run_stride};
+        }
         const std::int64_t group = begin * (padded / kScaleGroup);
         return {codes + begin * padded, scales + group, sums + group, nullptr, padded, count};
     }
 
    private:
+    // Inputs begin..begin + n of token t by runs: body(where, how many before, how many).
+    template <class Body>
+    void each_run(std::int64_t t, std::int64_t begin, std::int64_t n,
+                  const Body& body) const noexcept {
+        for (std::int64_t done = 0; done < n;) {
+            const std::int64_t at = begin + done, inside = at % kRunInputs;
+            const std::int64_t some =
+                inside + n - done < kRunInputs ? n - done : kRunInputs - inside;
+            body(halves + at / kRunInputs * run_stride + t * kRunInputs + inside, done, some);
+            done += some;
+        }
+    }
+
+    void put_bf16_zeros(std::int64_t t, std::int64_t begin, std::int64_t n) const noexcept {
+        each_run(t, begin, n, [](bf16* to, std::int64_t, std::int64_t some) {
+            std::memset(to, 0, static_cast<std::size_t>(some) * sizeof *to);
+        });
+    }
+
     [[nodiscard]] static constexpr std::size_t aligned(std::size_t bytes) noexcept {
         return (bytes + kAlign - 1) / kAlign * kAlign;
     }
@@ -104,6 +160,11 @@ struct TokenRoom {
 inline constexpr std::int64_t kTokenChunk = 64;
 inline constexpr std::int64_t kBlockChunk = 8;
 inline constexpr std::int64_t kTileFloats = kTokenChunk * kBlockChunk * kRows;
+
+// Where their numbers are expanded for all of a task's tokens, more of both.
+inline constexpr std::int64_t kWideTokens = 256;
+inline constexpr std::int64_t kWideBlocks = 16;
+inline constexpr std::int64_t kWideFloats = kWideTokens * kWideBlocks * kRows;
 
 // How many blocks a task multiplies at once: many where one token reads them from memory, some where
 // their tokens are prepared once for all.

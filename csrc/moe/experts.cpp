@@ -20,6 +20,8 @@ using gemm::Layout;
 using gemm::TokenRoom;
 
 constexpr std::int64_t kUnit = kScaleGroup;  // feed-forward rows that one task makes together
+// Of those as many as give a product by tiles its blocks: of a unit two are gate's and two up's.
+constexpr std::int64_t kWideUnits = gemm::kWideBlocks * kRows / (2 * kUnit);
 constexpr std::int64_t kTasksPerThread = 12;
 
 struct Assignment {
@@ -70,7 +72,8 @@ class Forward {
           gate_(experts.gate()),
           down_(experts.down()),
           kernels_(gemm::active_kernels()),
-          product_(kernels_.pick(experts.format, args.compute)) {}
+          few_(kernels_, experts.format, args.compute, 1),
+          many_(kernels_, experts.format, args.compute, counts.tokens) {}
 
     Status run() noexcept {
         Scratch& scratch = Scratch::of_this_thread();
@@ -89,6 +92,23 @@ class Forward {
     }
 
    private:
+    // Experts of few tokens and those of many may multiply them as something else.
+    struct Arm {
+        gemm::Operand operand;
+        gemm::BlocksTimesTokens product;
+        TokenRoom tokens{}, inputs{}, inner{};
+
+        Arm(const gemm::Kernels& kernels, gemm::Format format, Compute compute,
+            std::int64_t count) noexcept
+            : operand(kernels.operand(format, compute, count)),
+              product(kernels.pick(format, operand)) {}
+        [[nodiscard]] bool wide() const noexcept { return operand == gemm::Operand::kBf16; }
+    };
+
+    [[nodiscard]] const Arm& arm(const Active& active) const noexcept {
+        return many_.wide() && active.count >= gemm::kManyTokens ? many_ : few_;
+    }
+
     // Cuts `memory` into the parts of a call, and returns how much that takes.
     std::size_t lay_out(std::byte* memory) noexcept {
         std::size_t used = 0;
@@ -97,9 +117,8 @@ class Forward {
             used += (bytes + gemm::kAlign - 1) / gemm::kAlign * gemm::kAlign;
             return at;
         };
-        const auto room = [&](std::int64_t count, std::int64_t padded) {
-            return TokenRoom(cut(TokenRoom::bytes(count, padded, a_.compute)), count, padded,
-                             a_.compute);
+        const auto room = [&](std::int64_t count, std::int64_t padded, gemm::Operand operand) {
+            return TokenRoom(cut(TokenRoom::bytes(count, padded, operand)), count, padded, operand);
         };
         const auto some = static_cast<std::size_t>(n_.assignments);
         assignments_ = reinterpret_cast<Assignment*>(cut(some * sizeof(Assignment)));
@@ -107,10 +126,14 @@ class Forward {
         starts_ = reinterpret_cast<std::int64_t*>(
             cut(static_cast<std::size_t>(e_.count + 1) * sizeof(std::int64_t)));
         const std::int64_t wide = gate_.padded_inputs();
-        tokens_ = room(n_.tokens, wide);
-        // One token is every expert's only input; more are gathered by expert.
-        inputs_ = n_.tokens == 1 ? tokens_ : room(n_.assignments, wide);
-        inner_ = room(n_.assignments, down_.padded_inputs());
+        for (Arm* of : {&few_, &many_}) {
+            if (of == &few_ || of->wide()) {
+                of->tokens = room(n_.tokens, wide, of->operand);
+                // One token is every expert's only input; more are gathered by expert.
+                of->inputs = n_.tokens == 1 ? of->tokens : room(n_.assignments, wide, of->operand);
+                of->inner = room(n_.assignments, down_.padded_inputs(), of->operand);
+            }
+        }
         return used;
     }
 
@@ -144,18 +167,26 @@ class Forward {
 
     void take_inputs() const noexcept {
         const int threads = n_.tokens * e_.hidden < 16384 ? 1 : threads_;
-        parallel_for(n_.tokens, threads, [&](std::int64_t t) noexcept {
-            tokens_.put_token(kernels_, t, a_.x.at(t, 0), e_.hidden);
-        });
+        for (const Arm* of : {&few_, &many_}) {
+            bool used = false;
+            for (std::int64_t i = 0; i < active_count_; ++i) {
+                used = used || &arm(active_[i]) == of;
+            }
+            if (used) {
+                parallel_for(n_.tokens, threads, [&](std::int64_t t) noexcept {
+                    of->tokens.put_token(kernels_, t, a_.x.at(t, 0), e_.hidden);
+                });
+            }
+        }
         if (n_.tokens > 1) {
-            parallel_for(n_.assignments, threads, [&](std::int64_t i) noexcept {
-                inputs_.copy(i, tokens_, assignments_[i].token);
+            parallel_for(active_count_, threads, [&](std::int64_t i) noexcept {
+                const Arm& of = arm(active_[i]);
+                for (std::int64_t k = 0; k < active_[i].count; ++k) {
+                    const std::int64_t at = active_[i].begin + k;
+                    of.inputs.copy(at, of.tokens, assignments_[at].token);
+                }
             });
         }
-    }
-
-    [[nodiscard]] gemm::Tokens inputs(std::int64_t begin, std::int64_t count) const noexcept {
-        return inputs_.part(n_.tokens == 1 ? 0 : begin, count);
     }
 
     [[nodiscard]] const std::byte* expert(std::int64_t id) const noexcept {
@@ -168,38 +199,53 @@ class Forward {
         const std::int64_t all = units * active_count_;
         const std::int64_t run = std::max<std::int64_t>(1, all / (kTasksPerThread * threads_));
         parallel_for(divide_up(all, run), threads_, [&](std::int64_t task) noexcept {
-            for (std::int64_t i = task * run; i < std::min(all, (task + 1) * run); ++i) {
-                make_unit(active_[i / units], i % units, i % units == units - 1);
+            const std::int64_t end = std::min(all, (task + 1) * run);
+            for (std::int64_t i = task * run; i < end;) {
+                const Active& active = active_[i / units];
+                const std::int64_t unit = i % units;
+                if (arm(active).wide()) {
+                    const std::int64_t some = std::min({kWideUnits, end - i, units - unit});
+                    make_units<gemm::kWideTokens, kWideUnits>(active, unit, some);
+                    i += some;
+                } else {
+                    make_units<kTokenChunk, 1>(active, unit, 1);
+                    i += 1;
+                }
             }
         });
     }
 
-    void make_unit(const Active& active, std::int64_t unit, bool last) const noexcept {
-        alignas(gemm::kAlign) std::array<float, kTokenChunk * 2 * kUnit> both;
-        alignas(gemm::kAlign) std::array<float, kTokenChunk * kUnit> inner;
+    // So many feed-forward rows for so many tokens at once.
+    template <std::int64_t kTokens, std::int64_t kUnits>
+    void make_units(const Active& active, std::int64_t unit, std::int64_t units) const noexcept {
+        constexpr std::int64_t kWidth = kUnits * kUnit;
+        alignas(gemm::kAlign) std::array<float, kTokens * 2 * kWidth> both;
+        alignas(gemm::kAlign) std::array<float, kTokens * kWidth> inner;
+        const Arm& of = arm(active);
         const std::int64_t first = unit * kUnit;
-        const std::int64_t rows = std::min(kUnit, e_.intermediate - first);
+        const std::int64_t rows = std::min(units * kUnit, e_.intermediate - first);
+        const bool last = first + rows == e_.intermediate;
         const std::int64_t block_bytes = gate_.block_bytes();
-        for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
-            const std::int64_t count = std::min(kTokenChunk, active.count - t0);
-            const gemm::Tokens x = inputs(active.begin + t0, count);
+        for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokens) {
+            const std::int64_t count = std::min(kTokens, active.count - t0);
+            const gemm::Tokens x = of.inputs.part(n_.tokens == 1 ? 0 : active.begin + t0, count);
             // Blocks of gate and up take turns.
             const std::int64_t pairs = divide_up(rows, kRows);
             const std::byte* at = expert(active.expert) + first / kRows * 2 * block_bytes;
-            product_(gemm::blocks_at(gate_, at, 2 * pairs), x, both.data());
+            of.product(gemm::blocks_at(gate_, at, 2 * pairs), x, both.data());
             for (std::int64_t pair = 0; pair < pairs; ++pair) {
                 float* gate = both.data() + pair * 2 * count * kRows;
                 kernels_.silu_multiply(gate, gate + count * kRows, count * kRows);
                 float* to = inner.data() + pair * kRows;
                 for (std::int64_t t = 0; t < count; ++t) {
-                    std::copy_n(gate + t * kRows, kRows, to + t * kUnit);
+                    std::copy_n(gate + t * kRows, kRows, to + t * kWidth);
                 }
             }
             for (std::int64_t t = 0; t < count; ++t) {
                 const std::int64_t at = active.begin + t0 + t;
-                inner_.put(kernels_, at, first, inner.data() + t * kUnit, rows);
+                of.inner.put(kernels_, at, first, inner.data() + t * kWidth, rows);
                 if (last) {
-                    inner_.put_zeros(at, first + kUnit);
+                    of.inner.put_zeros(at, first + round_up(rows, kScaleGroup));
                 }
             }
         }
@@ -208,7 +254,10 @@ class Forward {
     // out += weight * down(inner), a run of output blocks at a time, expert after expert.
     void project() const noexcept {
         const std::int64_t blocks = down_.blocks();
-        const std::int64_t run = std::max<std::int64_t>(1, blocks / (kTasksPerThread * threads_));
+        const std::int64_t share = std::max<std::int64_t>(1, blocks / (kTasksPerThread * threads_));
+        const std::int64_t run =
+            many_.wide() ? std::min(round_up(share, gemm::kWideBlocks), divide_up(blocks, threads_))
+                         : share;
         parallel_for(divide_up(blocks, run), threads_, [&](std::int64_t task) noexcept {
             const std::int64_t begin = task * run;
             const std::int64_t end = std::min(blocks, begin + run);
@@ -218,21 +267,30 @@ class Forward {
                 std::fill_n(a_.out.at(t, row), rows, 0.0F);
             }
             for (std::int64_t i = 0; i < active_count_; ++i) {
-                const std::int64_t most = gemm::blocks_at_once(active_[i].count);
+                const bool wide = arm(active_[i]).wide();
+                const std::int64_t most =
+                    wide ? gemm::kWideBlocks : gemm::blocks_at_once(active_[i].count);
                 for (std::int64_t b = begin; b < end; b += most) {
-                    add_blocks(active_[i], b, std::min(most, end - b));
+                    const std::int64_t some = std::min(most, end - b);
+                    if (wide) {
+                        add_blocks<gemm::kWideTokens, gemm::kWideFloats>(active_[i], b, some);
+                    } else {
+                        add_blocks<kTokenChunk, gemm::kTileFloats>(active_[i], b, some);
+                    }
                 }
             }
         });
     }
 
+    template <std::int64_t kTokens, std::int64_t kFloats>
     void add_blocks(const Active& active, std::int64_t b, std::int64_t some) const noexcept {
-        alignas(gemm::kAlign) std::array<float, gemm::kTileFloats> tile;
+        alignas(gemm::kAlign) std::array<float, kFloats> tile;
+        const Arm& of = arm(active);
         const gemm::Block block = gemm::blocks_at(
             down_, expert(active.expert) + 2 * gate_.bytes() + b * down_.block_bytes(), some);
-        for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokenChunk) {
-            const std::int64_t count = std::min(kTokenChunk, active.count - t0);
-            product_(block, inner_.part(active.begin + t0, count), tile.data());
+        for (std::int64_t t0 = 0; t0 < active.count; t0 += kTokens) {
+            const std::int64_t count = std::min(kTokens, active.count - t0);
+            of.product(block, of.inner.part(active.begin + t0, count), tile.data());
             for (std::int64_t i = 0; i < some; ++i) {
                 const std::int64_t row = (b + i) * kRows;
                 const std::int64_t rows = std::min(kRows, e_.hidden - row);
@@ -254,13 +312,12 @@ class Forward {
     int threads_;
     Layout gate_, down_;
     const gemm::Kernels& kernels_;
-    gemm::BlocksTimesTokens product_;
+    Arm few_, many_;
 
     Assignment* assignments_ = nullptr;  // by expert, then by token
     Active* active_ = nullptr;
     std::int64_t active_count_ = 0;
     std::int64_t* starts_ = nullptr;  // [e + 1]
-    TokenRoom tokens_, inputs_, inner_;
 };
 
 }  // namespace
@@ -297,7 +354,7 @@ Status forward(const Experts& experts, const ForwardArgs& a, int threads) noexce
     QS_TRY(same("out.shape[0]", a.out.extent[0], "", counts.tokens));
     QS_TRY(same("out.shape[1]", a.out.extent[1], "", experts.hidden));
     if (a.compute == Compute::kInt8 && experts.format == gemm::Format::kBf16) {
-        return invalid("compute", "int8", "float with bf16 weights");
+        return invalid("compute", "int8", "float or mixed with bf16 weights");
     }
     QS_TRY(check_choices(experts, a, counts));
     return Forward(experts, a, counts, threads).run();

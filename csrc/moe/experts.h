@@ -48,8 +48,8 @@ struct ForwardArgs {
     gemm::Compute compute = gemm::Compute::kFloat;
 };
 
-// Results depend neither on the number of threads nor on the other tokens of a call; a token's
-// experts are summed in the order of their numbers.
+// Results depend neither on the number of threads nor on the other tokens of a call, with kMixed on
+// how many tokens share an expert; a token's experts are summed in the order of their numbers.
 [[nodiscard]] Status forward(const Experts& experts, const ForwardArgs& args, int threads) noexcept;
 
 }  // namespace quernstone::moe

@@ -113,7 +113,7 @@ def test_names_what_does_not_fit() -> None:
         _core.multiply(layout, data, x[:, :39], "float", out)
     with pytest.raises(ValueError, match=r"out.shape\[0\]: got 1, expected 2"):
         _core.multiply(layout, data, x, "float", out[:1])
-    with pytest.raises(ValueError, match="compute: got int8, expected float with bf16 weights"):
+    with pytest.raises(ValueError, match="compute: got int8, expected float or mixed with bf16"):
         _core.multiply(layout, data, x, "int8", out)
     with pytest.raises(ValueError, match="compute: got fp8"):
         _core.multiply(layout, data, x, "fp8", out)

@@ -395,6 +395,7 @@ class TestRefusals:
         {"slots": -1, "device": EmulatedDevice("rtx4090")},
         {"format": "bf16", "reproducible": True},
         {"compute": "float", "reproducible": True},
+        {"compute": "mixed", "reproducible": True},
         {"format": "bf16", "linear": "int4", "clips": 0},
         {"format": "bf16", "linear": "int4", "group": 48},
         {"clips": "many"},

@@ -83,6 +83,35 @@ def test_experts_are_those_of_their_numbers(form: Form, isa: str) -> None:
                 assert float((got - want).norm() / want.norm()) <= bound
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_experts_of_many_tokens_and_of_few_are_told_apart_one_by_one(form: Form, isa: str) -> None:
+    for hidden, intermediate in ((HIDDEN, INTERMEDIATE), (33, 17), (16, 530)):
+        layout, data, numbers = experts(form, hidden, intermediate)
+        x = normal(70, hidden, seed=3)
+        # One expert has all tokens, one 31, one 32, one 7.
+        ids = torch.full((70, 4), -1)
+        ids[:, 0] = 2
+        ids[:31, 1], ids[20:52, 2], ids[50:57, 3] = 0, 1, 4
+        weights = torch.rand(70, 4, generator=torch.Generator().manual_seed(1))
+        got = forward(layout, data, x, ids, weights, "mixed")
+        want = expected(numbers, x, ids, weights)
+        assert float((got - want).norm() / want.norm()) <= INT8
+        # An expert's rows depend on its own tokens alone, whatever else the call has.
+        apart = torch.zeros_like(got)
+        for c in (1, 2, 0, 3):  # in the order of the experts' numbers
+            mine = ids[:, c] >= 0
+            row = forward(
+                layout, data, x[mine], ids[mine, c : c + 1], torch.ones(int(mine.sum()), 1), "mixed"
+            )
+            apart[mine] += weights[mine, c : c + 1] * row
+        # Products with the weight may be fused with the sum or not.
+        assert float((got - apart).abs().max()) <= 4 * 2.0**-23 * float(got.abs().max())
+        if isa == "avx512_amx":
+            few = forward(layout, data, x, ids, weights, form.computes[-1])
+            alone = (ids[:, 1] >= 0).nonzero()[:20, 0]
+            assert not torch.equal(got[alone], few[alone])
+
+
 def test_a_layer_is_mixtrals(isa: str) -> None:
     config = MixtralConfig(
         hidden_size=64,

@@ -114,6 +114,33 @@ def test_ten_thousand_schedules_cache_states_and_prefetches_give_the_same_bits(
     assert executed >= 10_000
 
 
+@pytest.mark.parametrize("format", ["int4", "bf16"])
+def test_mixed_experts_have_the_same_bits_under_every_schedule(format: str, isa: str) -> None:
+    of = make_layers(format)
+    for experts in of.values():
+        experts.compute = "mixed"
+    # Some experts of a call have fewer than 32 tokens, some more.
+    x, ids, weights, scores = make_call(torch.Generator().manual_seed(5), 80)
+    loads = torch.bincount(ids[ids >= 0].flatten(), minlength=COUNT)
+    assert bool((loads >= 32).any())
+    assert bool((loads < 32).any())
+    want = {name: experts(x, ids, weights) for name, experts in of.items()}
+    for seed, how in enumerate(settings(20)):
+        device = EmulatedDevice(COSTS, factor=AT_ONCE)
+        with Runtime(of, device, **how) as runtime:  # type: ignore[arg-type]
+            routers(runtime, seed)
+            for name in (*NAMES, *NAMES):
+                got = runtime.layer(name)(x, ids, weights, scores)
+                assert torch.equal(got, want[name]), (how, name)
+    with Runtime(of) as runtime:
+        assert torch.equal(runtime.layer(NAMES[0])(x, ids, weights), want[NAMES[0]])
+    with pytest.raises(ValueError, match="compute: got 'mixed', expected 'int8' with reproducible"):
+        Runtime(of, reproducible=True)
+    of[NAMES[1]].compute = "float"
+    with pytest.raises(ValueError, match="got some that compute as float and mixed, expected one"):
+        Runtime(of, EmulatedDevice(COSTS, factor=AT_ONCE))
+
+
 @pytest.mark.parametrize("format", ["int8", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_format_and_dtype_gives_the_bits_of_the_experts(

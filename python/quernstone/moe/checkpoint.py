@@ -286,7 +286,7 @@ def load_packed(
         want = _shape(block, made.shape)
         if made.shape != want:
             raise ValueError(f"{root / EXPERTS}: {block.name}: got {made.shape}, expected {want}")
-        if compute is not None and made.shape.format != "bf16":
+        if compute is not None and (compute != "int8" or made.shape.format != "bf16"):
             made.compute = compute
     matrices = _fill(model, root)
     if (root / "generation_config.json").is_file():

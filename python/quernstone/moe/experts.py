@@ -224,16 +224,18 @@ class Experts:
     ) -> Tensor:
         """The weighted sum of each token's experts.
 
-        Results depend neither on the number of threads nor on the other tokens. Experts are
-        summed in the order of their numbers.
+        Results depend neither on the number of threads nor on the other tokens, with "mixed" on
+        how many tokens share an expert. Experts are summed in the order of their numbers.
 
         Args:
             x: [t, m] fp32 or bf16, on the CPU.
             ids: [t, c] int64, the experts of a token, none twice; -1 is none here.
             weights: [t, c] fp32, what each counts, finite.
-            compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. None is
-                `self.compute`, unless told otherwise "int8" for int8 and int4 weights, and "float"
-                for bf16, which has no other.
+            compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. "mixed"
+                rounds activations, and the numbers that codes stand for, to bf16 in experts of 32
+                or more tokens, where the processor multiplies tiles of bf16; other experts are
+                computed as "int8", with bf16 weights as "float". None is `self.compute`, unless
+                told otherwise "int8" for int8 and int4 weights, and "float" for bf16.
 
         Returns:
             [t, m] in the dtype of x.

@@ -211,7 +211,8 @@ def accelerate(
             with a language model's head or without, in fp32 or bf16, on the CPU.
         format, group, zero_points, clips, linear: see `Packing`.
         compute: "float" leaves activations as they are, "int8" rounds them to 8 bits in groups of
-            32; None is "int8" with int4 and int8 weights.
+            32; "mixed" takes bf16 where 32 tokens or more share weights, see `Experts`: a prompt's
+            first token comes sooner. None is "int8" with int4 and int8 weights.
         attention: "quernstone" computes it by `quernstone.attention`, "model" leaves it.
         gating: drops experts whose weight is small, see `AdaptiveGating`; it counts what it did.
         options: of `Runtime`: device, costs, policy, cache, slots, prefetch, reproducible.
@@ -301,7 +302,7 @@ def install(
     linears = {}
     for name, matrix in matrices.items():
         layer: Any = model.get_submodule(name)
-        how = None if compute is None or matrix.shape.format == "bf16" else compute
+        how = None if compute == "int8" and matrix.shape.format == "bf16" else compute
         linears[name] = PackedLinear(matrix, layer.bias, how)
         _replace(model, name, linears[name])
     model.requires_grad_(False)

@@ -42,7 +42,8 @@ class Runtime:
 
     Outputs depend neither on the schedule, nor on the cache, nor on prefetching: a token's experts
     are summed in the order of their numbers wherever each was computed. Between devices of
-    different arithmetic they differ by its rounding, unless `reproducible`.
+    different arithmetic they differ by its rounding, unless `reproducible`. An expert goes to one
+    device with all its tokens of a call, so this holds for those that compute as "mixed" too.
 
     Args:
         layers: experts by the name of their layer, in the order in which a model calls them.
@@ -102,9 +103,8 @@ class Runtime:
         if device is None:
             return
         if len(set(self._computes)) > 1:
-            raise ValueError(
-                "layers: got some that compute as float and some as int8, expected one"
-            )
+            got = " and ".join(sorted(set(self._computes)))
+            raise ValueError(f"layers: got some that compute as {got}, expected one")
         device.open(self._experts, self._slots, STAGING, reproducible=reproducible)
         try:
             used = costs or device.costs(self._experts[0].shape)

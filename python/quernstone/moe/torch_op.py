@@ -17,6 +17,7 @@ from quernstone import _config  # noqa: F401  (defines the operator)
 from quernstone.moe.experts import Experts
 
 _FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
+_COMPUTES = {"float": 0, "int8": 1, "mixed": 2}
 
 
 def _fake(x: Tensor, *others: Any) -> Tensor:
@@ -39,7 +40,7 @@ def operands(experts: Experts) -> tuple[Tensor, Tensor]:
         shape.intermediate,
         shape.group,
         shape.zero_points,
-        experts.compute == "int8",
+        _COMPUTES[experts.compute],
     )
     return packed, torch.tensor(settings, dtype=torch.int64)
 

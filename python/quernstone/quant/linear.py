@@ -21,7 +21,7 @@ from quernstone.quant.scheme import Scheme
 from quernstone.quant.tensor import QTensor
 
 Format = Literal["bf16", "int8", "int4"]
-Compute = Literal["float", "int8"]
+Compute = Literal["float", "int8", "mixed"]
 
 _HUGE_PAGE = 1 << 21
 _ALIGN = 64
@@ -179,12 +179,15 @@ class PackedMatrix:
     def __call__(self, x: Tensor, *, compute: Compute | None = None) -> Tensor:
         """x [t, k] fp32 or bf16 times the transpose, [t, n] in the dtype of x.
 
-        A token's result depends neither on the number of threads nor on the other tokens.
+        A token's result depends neither on the number of threads nor on the other tokens; with
+        "mixed" it depends on whether there are 32 or more.
 
         Args:
             x: on the CPU.
-            compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. None is
-                "int8" for int8 and int4 weights, and "float" for bf16, which has no other.
+            compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. "mixed"
+                rounds activations, and the numbers that codes stand for, to bf16 where 32 or more
+                tokens are given and the processor multiplies tiles of bf16; else it is "int8", with
+                bf16 weights "float". None is "int8" for int8 and int4 weights, "float" for bf16.
 
         Raises:
             ValueError: a shape or a compute out of its range.
@@ -338,7 +341,7 @@ def check_compute(compute: Compute | None, format: Format) -> Compute:
     if compute not in get_args(Compute):
         raise ValueError(f"compute: got {compute!r}, expected one of {get_args(Compute)}")
     if compute == "int8" and format == "bf16":
-        raise ValueError("compute: got 'int8' with bf16 weights, expected 'float'")
+        raise ValueError("compute: got 'int8' with bf16 weights, expected 'float' or 'mixed'")
     return compute
 
 

@@ -45,6 +45,18 @@ std::uint16_t emulated_bf16(float value) noexcept {
     return static_cast<std::uint16_t>((bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
 }
 
+// VCVTNE2PS2BF16: b below a.
+inline __m512bh emulated_cvtne2ps_pbh(__m512 a, __m512 b) noexcept {
+    const auto high = emulated_cast<EmulatedLanes<float>>(a);
+    const auto low = emulated_cast<EmulatedLanes<float>>(b);
+    std::uint16_t out[32];
+    for (int i = 0; i < 16; ++i) {
+        out[i] = emulated_bf16(low.lane[i]);
+        out[16 + i] = emulated_bf16(high.lane[i]);
+    }
+    return emulated_cast<__m512bh>(out);
+}
+
 __m256bh emulated_cvtneps_pbh(__m512 a) noexcept {
     const auto in = emulated_cast<EmulatedLanes<float>>(a);
     std::uint16_t out[16];
@@ -204,6 +216,40 @@ inline void emulated_tile_dpbssd(int sums, int a, int b) noexcept {
     }
 }
 
+// TDPBF16PS: of each pair the sums over the even inputs and over the odd ones, one added to the other
+// and both to what was there; subnormals count as zero.
+inline float emulated_normal(float x) noexcept {
+    return std::fabs(x) < 0x1p-126F ? std::copysign(0.0F, x) : x;
+}
+
+inline float emulated_wide(const std::uint8_t* from) noexcept {
+    std::uint16_t half;
+    std::memcpy(&half, from, sizeof half);
+    return emulated_normal(std::bit_cast<float>(std::uint32_t{half} << 16));
+}
+
+inline void emulated_tile_dpbf16ps(int sums, int a, int b) noexcept {
+    auto& to = emulated_tile(sums);
+    const auto& left = emulated_tile(a);
+    const auto& right = emulated_tile(b);
+    emulated_tile_must(left.rows == to.rows && left.bytes == 4 * right.rows &&
+                       right.bytes == to.bytes);
+    for (unsigned m = 0; m < to.rows; ++m) {
+        for (unsigned n = 0; n < to.bytes; n += 4) {
+            float part[2] = {0.0F, 0.0F};
+            for (unsigned k = 0; k < left.bytes; k += 2) {
+                float& sum = part[k / 2 % 2];
+                sum = emulated_normal(std::fma(emulated_wide(left.row[m] + k),
+                                               emulated_wide(right.row[k / 4] + n + k % 4), sum));
+            }
+            float sum;
+            std::memcpy(&sum, to.row[m] + n, sizeof sum);
+            sum = emulated_normal(emulated_normal(sum) + emulated_normal(part[0] + part[1]));
+            std::memcpy(to.row[m] + n, &sum, sizeof sum);
+        }
+    }
+}
+
 // TDPBUUD: sums[m][n] += the products of four unsigned bytes of a[m] and of b, for each of b's rows
 inline void emulated_tile_dpbuud(int sums, int a, int b) noexcept {
     auto& to = emulated_tile(sums);
@@ -233,6 +279,9 @@ inline void emulated_tile_dpbuud(int sums, int a, int b) noexcept {
 #undef _tile_stored
 #undef _tile_dpbssd
 #undef _tile_dpbuud
+#undef _tile_dpbf16ps
+#define _tile_dpbf16ps(sums, a, b) emulated_tile_dpbf16ps(sums, a, b)
+#define _mm512_cvtne2ps_pbh(a, b) emulated_cvtne2ps_pbh(a, b)
 #define _tile_dpbuud(sums, a, b) emulated_tile_dpbuud(sums, a, b)
 #define _tile_loadconfig(config) emulated_tile_loadconfig(config)
 #define _tile_release() emulated_tile_release()
