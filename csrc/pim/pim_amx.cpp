@@ -145,6 +145,21 @@ void step(std::uint8_t* bits, const Cycles* next, std::int64_t rows, const std::
     if constexpr (kTiles > 3) _tile_stored(3, out + 3 * kTileRows, bytes);
 }
 
+// Whole cache lines of `to`, as far as there are any.
+inline void copy(const std::int32_t* from, std::int64_t n, std::int32_t* to) {
+    constexpr std::int64_t kLanes = kTileBytes / sizeof(std::int32_t);
+    const auto past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) / 4 % kLanes);
+    for (std::int64_t i = 0, some = kLanes - past; i < n; i += some, some = kLanes) {
+        some = std::min(some, n - i);
+        if (some == kLanes) {
+            _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+        } else {
+            const auto mask = static_cast<__mmask16>((1U << some) - 1U);
+            _mm512_mask_storeu_epi32(to + i, mask, _mm512_maskz_loadu_epi32(mask, from + i));
+        }
+    }
+}
+
 using Step = void (*)(std::uint8_t*, const Cycles*, std::int64_t, const std::uint8_t*,
                       std::int32_t*, std::int64_t);
 constexpr Step kSteps[kMostTiles] = {step<1>, step<2>, step<3>, step<4>};
@@ -169,13 +184,18 @@ void tiles(const CountArgs& args) {
         if (!last) {
             next.next();
         }
-        const bool whole = some == kTileRows && digits % kTileRows == 0;
         std::int32_t* out = args.out + t0 * args.out_stride;
+        // A store of a tile whose rows cross cache lines takes half as long again as the products.
+        const bool whole = some == kTileRows && digits % kTileRows == 0 &&
+                           args.out_stride % 16 == 0 &&
+                           reinterpret_cast<std::uintptr_t>(out) % kTileBytes == 0;
         step(bits, last ? nullptr : &next, rows, args.block.quads, whole ? out : sums,
              whole ? args.out_stride : kBlock);
-        if (!whole) {
+        if (!whole && digits == kBlock && args.out_stride == kBlock) {
+            copy(sums, some * kBlock, out);
+        } else if (!whole) {
             for (std::int64_t t = 0; t < some; ++t) {
-                std::copy_n(sums + t * kBlock, digits, out + t * args.out_stride);
+                copy(sums + t * kBlock, digits, out + t * args.out_stride);
             }
         }
     }
