@@ -160,6 +160,8 @@ class Runtime {
         return listed();
     }
 
+    [[nodiscard]] bool room_ahead() const { return planner_.room_ahead(plan_); }
+
     py::list needless(std::int64_t layer, const Ids& ids, double now) {
         raise(planner_.needless(layer, view<const std::int64_t, 2>(ids, "ids"), now, loads_));
         return listed();
@@ -412,7 +414,8 @@ void register_moe_runtime(py::module_& m) {
         .def_property_readonly("hits", &Runtime::hits)
         .def_property_readonly("active", &Runtime::active)
         .def_property_readonly("on_cpu", &Runtime::on_cpu)
-        .def_property_readonly("on_device", &Runtime::on_device);
+        .def_property_readonly("on_device", &Runtime::on_device)
+        .def_property_readonly("room_ahead", &Runtime::room_ahead);
 }
 
 }  // namespace quernstone::bind

@@ -307,7 +307,7 @@ Status Planner::look_ahead(const LayerPlan& plan, std::span<const Guess> guesses
             out.push_back({layer, expert, slot});
             return true;
         };
-        double budget = std::max(0.0, plan.ends.makespan - plan.ends.pcie);
+        double budget = idle(plan);
         std::vector<Predicted> predicted;
         std::array<std::vector<double>, kMaxDistance> chance;
         for (std::size_t g = 0; g < guesses.size(); ++g) {

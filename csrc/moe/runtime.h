@@ -81,6 +81,11 @@ class Planner {
                               View<const float, 2> weights, View<const float, 2> scores, double now,
                               LayerPlan& out) noexcept;
 
+    // Whether `look_ahead` could load anything: guesses that it would not use need not be made.
+    [[nodiscard]] bool room_ahead(const LayerPlan& plan) const noexcept {
+        return policy_ != Policy::kCpuOnly && idle(plan) >= costs_.transfer;
+    }
+
     // After `plan`: what to load while the bus would be idle, for layers to come and then for the
     // next step of this one. The slots are taken.
     [[nodiscard]] Status look_ahead(const LayerPlan& plan, std::span<const Guess> guesses,
@@ -113,6 +118,11 @@ class Planner {
     static constexpr std::int64_t kNowhere = std::int64_t{1} << 40;
 
    private:
+    // Seconds for which the bus has nothing to do in a step.
+    [[nodiscard]] static double idle(const LayerPlan& plan) noexcept {
+        return plan.ends.makespan > plan.ends.pcie ? plan.ends.makespan - plan.ends.pcie : 0.0;
+    }
+
     struct State {
         LayerSetup setup;
         std::unique_ptr<cache::OnlineCache> cache;

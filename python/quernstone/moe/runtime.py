@@ -270,13 +270,13 @@ class Runtime:
         weights: Tensor,
         scores: Tensor | None,
     ) -> Tensor:
-        given = x.detach().float().contiguous()
-        rows = given.cpu()
-        chosen = ids.detach().cpu().numpy()
-        counts = weights.detach().cpu().numpy()
-        likely = None if scores is None else scores.detach().float().cpu().numpy()
         begun = time.perf_counter()
         device.begin()
+        given = x.detach().float().contiguous()
+        rows = given.cpu()
+        chosen = _array(ids)
+        counts = _array(weights)
+        likely = None if scores is None else _array(scores.float())
         if self._prefetch:
             for load in core.needless(layer, chosen, begun):
                 if device.cancel(layer, load[2]):
@@ -292,8 +292,9 @@ class Runtime:
             device.load(layer, expert, slot)
         if work:
             device.compute(layer, given, work)
-        for load in core.look_ahead(self._guesses(layer, given, ids.shape[1])):
-            device.load(*load)
+        if core.room_ahead:
+            for load in core.look_ahead(self._guesses(layer, given, ids.shape[1])):
+                device.load(*load)
         if core.on_cpu:
             core.compute(
                 self._layouts[layer],
@@ -323,24 +324,25 @@ class Runtime:
         """`_step` with an emulated device that prefetches nothing."""
         begun = time.perf_counter()
         device.begin()
-        rows = x.detach().float().cpu().contiguous()
+        plain = x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+        rows = _array(x if plain else x.float().contiguous())
         out = torch.empty(rows.shape, dtype=torch.float32)
         core.step(
             device,
             layer,
-            ids.detach().cpu().numpy(),
-            weights.detach().cpu().numpy(),
-            None if scores is None else scores.detach().float().cpu().numpy(),
+            _array(ids),
+            _array(weights),
+            None if scores is None else _array(scores.float()),
             begun,
             self._layouts[layer],
             self._experts[layer].data,
-            rows.numpy(),
+            rows,
             self._computes[layer],
             out.numpy(),
         )
         if self._recording is not None:
             self._recording.add(core, layer, begun, time.perf_counter())
-        return out.to(x.device, x.dtype)
+        return out if plain else out.to(x.device, x.dtype)
 
     def _guesses(
         self, layer: int, x: Tensor, top_k: int
@@ -354,6 +356,14 @@ class Runtime:
                     chosen = router(x).topk(top_k).indices
                 guesses.append((layer + distance, distance, chosen.cpu().numpy()))
         return guesses
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's numbers; what a tensor on the CPU need not do is left out, since a worker waits."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    found: NDArray[Any] = (tensor if tensor.is_cpu else tensor.cpu()).numpy()
+    return found
 
 
 @dataclass
