@@ -154,8 +154,7 @@ inline void copy(const std::int32_t* from, std::int64_t n, std::int32_t* to) {
         if (some == kLanes) {
             _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
         } else {
-            const auto mask = static_cast<__mmask16>((1U << some) - 1U);
-            _mm512_mask_storeu_epi32(to + i, mask, _mm512_maskz_loadu_epi32(mask, from + i));
+            std::copy_n(from + i, some, to + i);
         }
     }
 }
