@@ -27,6 +27,8 @@ _STEPS = (
     ("booster+mapping", "+ mapping"),
     ("all", "all"),
 )
+# Steps that build on each other are joined: what the weights do, what the supply does, and both.
+_LADDERS = ((0, 3), (3, 5), (5, 6))
 
 
 def waterfall(reports: Mapping[str, Report]) -> str:
@@ -41,8 +43,10 @@ def waterfall(reports: Mapping[str, Report]) -> str:
             rows = {row[0]: row for row in report.rows()}
             for place, axes in enumerate(panels, start=1):
                 values = [rows[name][place] for name, _ in _STEPS]
-                axes.plot(range(len(_STEPS)), values, "o-", color=colour, markersize=4,
-                          linewidth=1.2, label=network)  # fmt: skip
+                for begin, end in _LADDERS:
+                    axes.plot(range(begin, end), values[begin:end], "o-", color=colour,
+                              markersize=4, linewidth=1.2,
+                              label=network if begin == 0 else None)  # fmt: skip
         signoff = next(iter(reports.values())).chip.value("signoff.drop", "mV")
         panels[0].axhline(signoff, color=INK, linewidth=0.8, linestyle=":")
         panels[0].annotate("sign-off", (0, signoff), xytext=(0, 3), textcoords="offset points",
@@ -109,7 +113,7 @@ def timeline(report: Report, groups: int = 6) -> str:
         axes.set_yticks([shown - 1 - g + 0.4 for g in range(shown)],
                         [f"group {g}" for g in range(shown)])  # fmt: skip
         axes.set_ylim(-0.15, shown - 0.05)
-        axes.set_xlabel("us")
+        axes.set_xlabel("time, us")
         axes.set_title("level of toggle rate that each group is set for, from 0 to 100 % between "
                        "its lines; marks are failures", fontsize=10, color=INK)  # fmt: skip
         return svg(figure, "pim-timeline")

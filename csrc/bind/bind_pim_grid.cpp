@@ -1,11 +1,13 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 
 #include "bind/array.h"
 #include "common/parallel.h"
 #include "pim/cholesky.h"
+#include "pim/superpose.h"
 #include "pim/tree.h"
 
 namespace py = pybind11;
@@ -76,6 +78,38 @@ void tree_toggles(const Array<std::int32_t>& weights, const Array<std::int32_t>&
     raise(status);
 }
 
+template <class T, int N>
+View<T, N> contiguous(View<T, N> of, const char* name) {
+    const bool empty = std::find(of.extent.begin(), of.extent.end(), 0) != of.extent.end();
+    std::int64_t step = 1;
+    for (std::size_t axis = N; axis-- > 0;) {
+        if (!empty && of.extent[axis] > 1 && of.stride[axis] != step) {
+            raise(invalid(name, "a strided array", "a contiguous one"));
+        }
+        of.stride[axis] = step;
+        step *= of.extent[axis];
+    }
+    return of;
+}
+
+void worst_drops(const Array<double>& currents, const Array<double>& response,
+                 const Array<std::int64_t>& begin, const Array<float>& basis,
+                 const Array<float>& places, double unit, Array<double>& out) {
+    const pim::WorstArgs args{contiguous(view<const double, 2>(currents, "currents"), "currents"),
+                              contiguous(view<const double, 2>(response, "response"), "response"),
+                              contiguous(view<const std::int64_t, 1>(begin, "begin"), "begin"),
+                              contiguous(view<const float, 3>(basis, "basis"), "basis"),
+                              contiguous(view<const float, 3>(places, "places"), "places"),
+                              unit,
+                              contiguous(output<double, 2>(out, "out"), "out")};
+    Status status;
+    {
+        const py::gil_scoped_release release;
+        status = pim::worst_drops(args, num_threads());
+    }
+    raise(status);
+}
+
 }  // namespace
 
 void register_pim_grid(py::module_& m) {
@@ -91,6 +125,9 @@ void register_pim_grid(py::module_& m) {
         .def_property_readonly("operations", &Cholesky::operations);
     m.def("reach", &reach, array("a"), array("b"), array("reached"),
           "Marks the nodes that a path leads to from a marked one.");
+    m.def("worst_drops", &worst_drops, array("currents"), array("response"), array("begin"),
+          array("basis"), array("places"), py::arg("unit"), array("out"),
+          "The worst drop within each macro in each cycle.");
     m.def("tree_stages", &pim::tree_stages, py::arg("rows"));
     m.def("tree_toggles", &tree_toggles, array("weights"), array("inputs"), py::arg("rows"),
           py::arg("banks"), py::arg("weight_bits"), py::arg("input_bits"), py::arg("input_signed"),

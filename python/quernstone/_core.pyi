@@ -405,6 +405,16 @@ class pim:
     @staticmethod
     def reach(a: NDArray[np.int32], b: NDArray[np.int32], reached: NDArray[np.uint8]) -> None: ...
     @staticmethod
+    def worst_drops(
+        currents: NDArray[np.float64],
+        response: NDArray[np.float64],
+        begin: NDArray[np.int64],
+        basis: NDArray[np.float32],
+        places: NDArray[np.float32],
+        unit: float,
+        out: NDArray[np.float64],
+    ) -> None: ...
+    @staticmethod
     def tree_stages(rows: int) -> int: ...
     @staticmethod
     def tree_toggles(

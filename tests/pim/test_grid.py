@@ -202,6 +202,33 @@ def test_the_worst_drop_is_exact_however_unequal_the_currents(seed: int, quiet: 
     np.testing.assert_allclose(response.worst(currents), np.transpose(want), rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("cycles", [0, 1, 15, 16, 17, 255, 256, 257, 531])
+def test_worst_drops_do_not_depend_on_level_or_block(cycles: int, isa: str) -> None:
+    grid, _ = lattice(20)
+    response = Response(factor(grid), tile_shares(grid, 3, 5))
+    currents = np.random.default_rng(cycles).uniform(0.0, 0.2, (cycles, 15))
+    currents[::3] = 0.0
+    currents[1::7] *= 1e-36
+    drops = currents @ response.matrix
+    want = np.empty((cycles, 15))
+    for m, share in enumerate(response.shares):
+        want[:, m] = drops[:, share > 0.0].max(axis=1)
+    np.testing.assert_allclose(response.worst(currents), want, rtol=1e-12, atol=0.0)
+
+
+def test_the_worst_of_nodes_that_are_alike_is_exact() -> None:
+    grid, _ = lattice(24)
+    shares = np.zeros((40, grid.nodes))
+    # One node, two, or many, which macros share.
+    for m, share in enumerate(shares):
+        share[m * 7 : m * 7 + 1 + m % 23] = 1.0 / (1 + m % 23)
+    response = Response(factor(grid), shares)
+    currents = np.random.default_rng(1).choice([0.0, 0.1], (50, 40))
+    drops = currents @ response.matrix
+    want = [drops[:, share > 0.0].max(axis=1) for share in shares]
+    np.testing.assert_allclose(response.worst(currents), np.transpose(want), rtol=1e-12, atol=0.0)
+
+
 def test_the_drop_follows_the_resistances() -> None:
     grid, currents = lattice(8)
     want = 3.0 * factor(grid).drop(currents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any, TypeAlias
 
@@ -44,6 +45,7 @@ def span(bits: int, signed: bool) -> tuple[int, int]:
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
 
 
+@functools.cache
 def holds_all(dtype: np.dtype[Any], bits: int, signed: bool) -> bool:
     """Whether no integer of the dtype is out of the range of the bits."""
     limits = np.iinfo(dtype)

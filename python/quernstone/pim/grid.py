@@ -316,7 +316,7 @@ class Response:
         self.shares = x
         self.matrix: Floats = factor.drop(x)
         """[c, n] volts an ampere"""
-        self._peaks: list[tuple[NDArray[np.int64], Floats]] | None = None
+        self._screen: _Screen | None = None
 
     def drop(self, currents: ArrayLike, nodes: NDArray[np.int64] | None = None) -> Floats:
         """Drops of all nodes or some: [..., o] volts for currents [..., c]."""
@@ -327,8 +327,8 @@ class Response:
     def worst(self, currents: ArrayLike) -> Floats:
         """The worst drop within each macro: [..., c] volts for currents [..., c] of 0 or more.
 
-        Exact: of the nodes of a macro those remain that no other exceeds in every column, since
-        no current makes another one the worst.
+        Exact: scores of float choose the few nodes of a macro that could be its worst, by a bound
+        of what a score is off by, and the drops of these are summed in double.
 
         Raises:
             ValueError: a negative current.
@@ -336,18 +336,9 @@ class Response:
         x = _checked("currents", currents, len(self.matrix))
         if x.size and x.min() < 0.0:
             raise ValueError(f"currents: got {x.min()}, expected 0 or more")
-        if self._peaks is None:
-            self._peaks = [self._peak(share) for share in self.shares]
-        flat = x.reshape(-1, len(self.matrix))
-        columns = np.concatenate([columns for _, columns in self._peaks], axis=1)
-        begin = np.cumsum([0, *(len(at) for at, _ in self._peaks)])[:-1]
-        out = np.empty((len(flat), len(self.shares)))
-        # A block's drops stay in the cache until their maxima are taken.
-        step = max(1, (1 << 18) // columns.shape[1])
-        for at in range(0, len(flat), step):
-            drops = flat[at : at + step] @ columns
-            np.maximum.reduceat(drops, begin, axis=1, out=out[at : at + step])
-        return out.reshape(x.shape)
+        if self._screen is None:
+            self._screen = _Screen(self.matrix, self.shares)
+        return self._screen.worst(x.reshape(-1, len(self.matrix))).reshape(x.shape)
 
     def peaks(self) -> NDArray[np.int64]:
         """[c] of each macro the node that is worst when all macros draw the same current."""
@@ -363,17 +354,71 @@ class Response:
         """
         return np.ascontiguousarray(self.matrix[:, self.peaks()].T)
 
-    def _peak(self, share: Floats) -> tuple[NDArray[np.int64], Floats]:
-        nodes = np.flatnonzero(share > 0.0)
-        columns = self.matrix[:, nodes]
-        # By falling sums: a node can only be dominated by one before it.
-        order = np.argsort(-columns.sum(axis=0), kind="stable")
-        nodes, columns = nodes[order], columns[:, order]
-        kept: list[int] = []
-        for i in range(len(nodes)):
-            if not kept or not (columns[:, kept] >= columns[:, i, None]).all(axis=0).any():
-                kept.append(i)
-        return nodes[kept], np.ascontiguousarray(columns[:, kept])
+
+class _Screen:
+    """Drops of the nodes of macros from a few sums of currents, to see which are the worst.
+
+    What currents do to the nodes of a macro has few degrees of freedom, since no current but its
+    own flows into it: columns of the response are nearly of low rank, C = A V + R. A score is
+    x A V. It is off by |x R| at most, and by what rounding to float adds.
+
+    Axes: c macros, o nodes of all macros, one macro's after another's; q scores.
+    """
+
+    STEP = 8
+    """What q and one are a multiple of."""
+    TILE = 16
+    """Nodes that are scored together."""
+    ENOUGH = 2e-3
+    """Share of the worst drop by which scores may be off without rounding."""
+
+    def __init__(self, matrix: Floats, shares: Floats) -> None:
+        macros = len(matrix)
+        nodes = [np.flatnonzero(share > 0.0) for share in shares]
+        self.begin = np.cumsum([0, *(len(at) for at in nodes)])
+        self.response = np.ascontiguousarray(matrix.T[np.concatenate(nodes)])
+        # The largest number is 1: float holds what is 1e-38 of it.
+        unit = 1.0 / max(float(matrix.max()), np.finfo(np.float64).tiny)
+        parts = [unit * matrix[:, at] for at in nodes]
+        bases = [_spanning(c) for c in parts]
+        for scores in range(self.STEP - 1, macros + self.STEP, self.STEP):
+            fits = [
+                (c, a[:, :scores], a[:, :scores].T @ c) for c, a in zip(parts, bases, strict=True)
+            ]
+            off = np.stack([np.abs(c - a @ v).max(axis=1) for c, a, v in fits])
+            if (off.sum(axis=1) <= self.ENOUGH).all():
+                break
+        # Twice what as many roundings add, for those of the bound itself.
+        rounding = (macros + scores + 8) * float(np.finfo(np.float32).eps)
+        self.basis = np.zeros((macros, macros, scores + 1), np.float32)
+        for m, (_, a, v) in enumerate(fits):
+            self.basis[m, :, : a.shape[1]] = a
+            self.basis[m, :, scores] = off[m] + rounding * (np.abs(a) @ np.abs(v)).max(axis=1)
+        self.places = np.concatenate([self._tiles(v, scores) for _, _, v in fits])
+
+    def worst(self, currents: Floats) -> Floats:
+        """[t, c] of currents [t, c]."""
+        out = np.empty(currents.shape)
+        peak = float(currents.max(initial=0.0))
+        unit = 1.0 / peak if peak > np.finfo(np.float64).tiny else 1.0
+        _core.pim.worst_drops(
+            currents, self.response, self.begin, self.basis, self.places, unit, out
+        )
+        return out
+
+    def _tiles(self, places: Floats, scores: int) -> NDArray[np.float32]:
+        """[q, o] to [o / TILE, scores, TILE], with zeros behind both ends."""
+        ranks, nodes = places.shape
+        padded = np.zeros((scores, -(-nodes // self.TILE) * self.TILE), np.float32)
+        padded[:ranks, :nodes] = places
+        return np.ascontiguousarray(padded.reshape(scores, -1, self.TILE).swapaxes(0, 1))
+
+
+def _spanning(c: Floats) -> Floats:
+    """Orthonormal columns, the first of which span those of c [m, n] best: [m, min(m, n)]."""
+    if c.shape[0] <= c.shape[1]:
+        return np.linalg.eigh(c @ c.T)[1][:, ::-1]
+    return np.linalg.qr(c @ np.linalg.eigh(c.T @ c)[1][:, ::-1])[0]
 
 
 def tile_shares(grid: Grid, rows: int, columns: int) -> Floats:
