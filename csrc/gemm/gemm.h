@@ -25,7 +25,7 @@ enum class Format : std::uint8_t { kBf16, kInt8, kInt4 };
 // of bf16, where a level has tiles for it and kManyTokens or more share the weights; the others as
 // int8, with weights of bf16 as float.
 enum class Compute : std::uint8_t { kFloat, kInt8, kMixed };
-inline constexpr std::int64_t kManyTokens = 32;
+inline constexpr std::int64_t kManyTokens = 64;
 
 struct Layout {
     Format format = Format::kBf16;

@@ -339,6 +339,8 @@ inline void multiply_many(const Block& blocks, const Tokens& x, float* out, cons
         const int count = static_cast<int>(least(kMany, x.count - t0));
         if (const int last = count % kTile; last != shaped) {
             const TileConfig config(last == 0 ? kTile : last);
+            // gcc takes it that the first 8 bytes alone are read.
+            __asm__ volatile("" ::"m"(config));
             _tile_loadconfig(&config);
             shaped = last;
         }

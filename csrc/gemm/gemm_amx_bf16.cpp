@@ -224,13 +224,19 @@ inline void add_blocks(TileArgs a, std::int64_t blocks) {
     }
 }
 
+inline void load(const TileConfig& config) {
+    // gcc takes it that the first 8 bytes alone are read.
+    __asm__ volatile("" ::"m"(config));
+    _tile_loadconfig(&config);
+}
+
 // Adds a run of some blocks for all tokens, two tiles of tokens at a time: those stay in the first
 // cache while the blocks' weights pass.
 inline void add_tokens(TileArgs a, std::int64_t blocks, std::int64_t count) {
     // The compiler is not told that a tile reads memory.
     __asm__ volatile("" ::: "memory");
     const TileConfig full(kTile, kTile);
-    _tile_loadconfig(&full);
+    load(full);
     constexpr std::int64_t kBoth = 2 * kTile;
     for (; count >= kBoth; count -= kBoth) {
         add_blocks<2>(a, blocks);
@@ -240,7 +246,7 @@ inline void add_tokens(TileArgs a, std::int64_t blocks, std::int64_t count) {
     if (count > 0) {
         const std::int64_t first = least(count, kTile);
         const TileConfig rest(first, count - first);
-        _tile_loadconfig(&rest);
+        load(rest);
         if (count > kTile) {
             add_blocks<2>(a, blocks);
         } else {

@@ -87,12 +87,12 @@ def test_experts_are_those_of_their_numbers(form: Form, isa: str) -> None:
 def test_experts_of_many_tokens_and_of_few_are_told_apart_one_by_one(form: Form, isa: str) -> None:
     for hidden, intermediate in ((HIDDEN, INTERMEDIATE), (33, 17), (16, 530)):
         layout, data, numbers = experts(form, hidden, intermediate)
-        x = normal(70, hidden, seed=3)
-        # One expert has all tokens, one 31, one 32, one 7.
-        ids = torch.full((70, 4), -1)
+        x = normal(140, hidden, seed=3)
+        # One expert has all tokens, one 63, one 64, one 7.
+        ids = torch.full((140, 4), -1)
         ids[:, 0] = 2
-        ids[:31, 1], ids[20:52, 2], ids[50:57, 3] = 0, 1, 4
-        weights = torch.rand(70, 4, generator=torch.Generator().manual_seed(1))
+        ids[:63, 1], ids[40:104, 2], ids[100:107, 3] = 0, 1, 4
+        weights = torch.rand(140, 4, generator=torch.Generator().manual_seed(1))
         got = forward(layout, data, x, ids, weights, "mixed")
         want = expected(numbers, x, ids, weights)
         assert float((got - want).norm() / want.norm()) <= INT8

@@ -119,11 +119,11 @@ def test_mixed_experts_have_the_same_bits_under_every_schedule(format: str, isa:
     of = make_layers(format)
     for experts in of.values():
         experts.compute = "mixed"
-    # Some experts of a call have fewer than 32 tokens, some more.
-    x, ids, weights, scores = make_call(torch.Generator().manual_seed(5), 80)
+    # Some experts of a call have fewer than 64 tokens, some more.
+    x, ids, weights, scores = make_call(torch.Generator().manual_seed(5), 160)
     loads = torch.bincount(ids[ids >= 0].flatten(), minlength=COUNT)
-    assert bool((loads >= 32).any())
-    assert bool((loads < 32).any())
+    assert bool((loads >= 64).any())
+    assert bool((loads < 64).any())
     want = {name: experts(x, ids, weights) for name, experts in of.items()}
     for seed, how in enumerate(settings(20)):
         device = EmulatedDevice(COSTS, factor=AT_ONCE)

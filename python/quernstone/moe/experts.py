@@ -232,7 +232,7 @@ class Experts:
             ids: [t, c] int64, the experts of a token, none twice; -1 is none here.
             weights: [t, c] fp32, what each counts, finite.
             compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. "mixed"
-                rounds activations, and the numbers that codes stand for, to bf16 in experts of 32
+                rounds activations, and the numbers that codes stand for, to bf16 in experts of 64
                 or more tokens, where the processor multiplies tiles of bf16; other experts are
                 computed as "int8", with bf16 weights as "float". None is `self.compute`, unless
                 told otherwise "int8" for int8 and int4 weights, and "float" for bf16.

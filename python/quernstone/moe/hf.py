@@ -211,7 +211,7 @@ def accelerate(
             with a language model's head or without, in fp32 or bf16, on the CPU.
         format, group, zero_points, clips, linear: see `Packing`.
         compute: "float" leaves activations as they are, "int8" rounds them to 8 bits in groups of
-            32; "mixed" takes bf16 where 32 tokens or more share weights, see `Experts`: a prompt's
+            32; "mixed" takes bf16 where 64 tokens or more share weights, see `Experts`: a prompt's
             first token comes sooner. None is "int8" with int4 and int8 weights.
         attention: "quernstone" computes it by `quernstone.attention`, "model" leaves it.
         gating: drops experts whose weight is small, see `AdaptiveGating`; it counts what it did.

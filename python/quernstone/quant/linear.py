@@ -180,12 +180,12 @@ class PackedMatrix:
         """x [t, k] fp32 or bf16 times the transpose, [t, n] in the dtype of x.
 
         A token's result depends neither on the number of threads nor on the other tokens; with
-        "mixed" it depends on whether there are 32 or more.
+        "mixed" it depends on whether there are 64 or more.
 
         Args:
             x: on the CPU.
             compute: "int8" rounds activations to 8 bits in groups of 32, "float" does not. "mixed"
-                rounds activations, and the numbers that codes stand for, to bf16 where 32 or more
+                rounds activations, and the numbers that codes stand for, to bf16 where 64 or more
                 tokens are given and the processor multiplies tiles of bf16; else it is "int8", with
                 bf16 weights "float". None is "int8" for int8 and int4 weights, "float" for bf16.
 
