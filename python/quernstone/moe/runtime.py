@@ -359,7 +359,7 @@ class Runtime:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """A tensor's numbers; what a tensor on the CPU need not do is left out, since a worker waits."""
+    """A tensor's numbers, without the steps that one on the CPU does not need: a worker waits."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     found: NDArray[Any] = (tensor if tensor.is_cpu else tensor.cpu()).numpy()
