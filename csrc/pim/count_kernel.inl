@@ -306,36 +306,63 @@ void extract16(const ExtractArgs& args) { extract_any<std::int16_t>(args); }
 
 // Integers whose ones fit the mask; `bad` gathers what lies outside the range of the bits.
 template <class In>
-void ones_of(const std::byte* data, std::int64_t bytes, int bits, bool is_signed, Ones& out) {
+struct OnesOf {
     using U = std::make_unsigned_t<In>;
-    const bool full = bits == 8 * static_cast<int>(sizeof(In));
-    const U mask = static_cast<U>(full ? ~U{0} : (1U << bits) - 1U);
-    const U offset = static_cast<U>(is_signed ? 1U << (bits - 1) : 0U);
-    const reg masks = set_word(mask);
-    const reg offsets = set_word(offset);
-    reg bad = zero();
-    reg total = zero();
-    std::int64_t at = 0;
-    const std::int64_t whole = bytes / kRegBytes * kRegBytes;
-    while (at < whole) {
-        // 31 vectors of at most 8 ones a byte
-        const std::int64_t end = std::min(whole, at + 31 * kRegBytes);
-        reg run = zero();
-        for (; at < end; at += kRegBytes) {
-            prefetch(data + at + kFar);
-            const reg x = load(reinterpret_cast<const std::uint8_t*>(data + at));
-            bad = or_(bad, andnot(masks, add_word<U>(x, offsets)));
-            run = add8(run, popcount8(and_(x, masks)));
+    U mask, offset;
+    reg masks, offsets;
+    reg bad = zero(), total = zero();
+
+    OnesOf(int bits, bool is_signed)
+        : mask(
+              static_cast<U>(bits == 8 * static_cast<int>(sizeof(In)) ? ~U{0} : (1U << bits) - 1U)),
+          offset(static_cast<U>(is_signed ? 1U << (bits - 1) : 0U)),
+          masks(set_word(mask)),
+          offsets(set_word(offset)) {}
+
+    // Parts of so many bytes, whole registers, one behind the other and read side by side: of one
+    // stream alone a core gets less from memory.
+    template <std::int64_t kStreams>
+    void add(const std::byte* data, std::int64_t part) {
+        // A byte holds the sum of 31 bytes of at most 8 ones.
+        constexpr std::int64_t kTurns = 31 / kStreams;
+        for (std::int64_t at = 0; at < part;) {
+            const std::int64_t end = std::min(part, at + kTurns * kRegBytes);
+            reg run = zero();
+            for (; at < end; at += kRegBytes) {
+                for (std::int64_t s = 0; s < kStreams; ++s) {
+                    const std::byte* from = data + s * part + at;
+                    prefetch(from + kFar);
+                    const reg x = load(reinterpret_cast<const std::uint8_t*>(from));
+                    bad = or_(bad, andnot(masks, add_word<U>(x, offsets)));
+                    run = add8(run, popcount8(and_(x, masks)));
+                }
+            }
+            total = add64(total, sum_bytes(run));
         }
-        total = add64(total, sum_bytes(run));
     }
-    std::uint64_t ones = sum64(total);
-    bool fits = !any(bad);
+};
+
+template <class In>
+void ones_of(const std::byte* data, std::int64_t bytes, int bits, bool is_signed, Ones& out) {
+    using U = typename OnesOf<In>::U;
+    constexpr std::int64_t kStreams = 4, kLeast = 16384;
+    OnesOf<In> of(bits, is_signed);
+    std::int64_t at = 0;
+    if (bytes >= kStreams * kLeast) {
+        const std::int64_t part = bytes / (kStreams * kRegBytes) * kRegBytes;
+        of.template add<kStreams>(data, part);
+        at = kStreams * part;
+    }
+    const std::int64_t rest = (bytes - at) / kRegBytes * kRegBytes;
+    of.template add<1>(data + at, rest);
+    at += rest;
+    std::uint64_t ones = sum64(of.total);
+    bool fits = !any(of.bad);
     for (; at < bytes; at += static_cast<std::int64_t>(sizeof(In))) {
         U x = 0;
         std::memcpy(&x, data + at, sizeof x);
-        fits = fits && (static_cast<U>(x + offset) & static_cast<U>(~mask)) == 0;
-        ones += static_cast<std::uint64_t>(__builtin_popcount(x & mask));
+        fits = fits && (static_cast<U>(x + of.offset) & static_cast<U>(~of.mask)) == 0;
+        ones += static_cast<std::uint64_t>(__builtin_popcount(x & of.mask));
     }
     out = {ones, fits};
 }

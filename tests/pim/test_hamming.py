@@ -45,6 +45,17 @@ def test_one_weight_out_of_range_is_found_wherever_it_is(isa: str, bits: int, pl
                     hamming_rate(weights, bits, signed=signed)
 
 
+@pytest.mark.parametrize("place", [0, 17_001, 40_000, 65_535, 65_600, 65_637])
+def test_one_weight_out_of_range_is_found_where_streams_are_read_side_by_side(
+    isa: str, place: int
+) -> None:
+    weights = np.full(65_638, 7, np.int8)
+    assert hamming_count(weights, 4).counts == 3 * weights.size
+    weights[place] = 8
+    with pytest.raises(ValueError, match="weights: got 8, expected -8 to 7"):
+        hamming_count(weights, 4)
+
+
 def test_weights_that_are_strided_or_of_another_byte_order_count_the_same() -> None:
     weights = drawn((40, 50), 8)
     want = hamming_count(weights, 8).counts
