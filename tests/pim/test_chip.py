@@ -212,6 +212,9 @@ def test_types_of_the_booster_are_named() -> None:
         Control(patience=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="stall"):
         Control(stall=-1)
+    # Each is simulated: a call would not end.
+    with pytest.raises(ValueError, match=r"stall: got 65536, expected 0 or more and below 2\^16"):
+        Control(stall=1 << 16)
 
 
 def test_no_work_takes_no_time() -> None:

@@ -30,7 +30,7 @@ class Control:
             beta).
         relapse: a failure within so many cycles of taking up a level sets the aim back by one.
         recompute: cycles of work that a failure loses.
-        stall: cycles that the group stands still after one.
+        stall: cycles that the group stands still after one, below 2^16: each is simulated.
         backoff: what such a relapse multiplies the patience by before the next level is tried, 1 or
             more. 1 is the paper's rule as we read it: a group then spends its energy on trying
             again.
@@ -47,8 +47,11 @@ class Control:
             value, least = getattr(self, name), int(name == "backoff")
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: got {value!r}, expected an int")
-            if not least <= value < 1 << 31:
-                raise ValueError(f"{name}: got {value}, expected {least} or more and below 2^31")
+            bits = 16 if name == "stall" else 31
+            if not least <= value < 1 << bits:
+                raise ValueError(
+                    f"{name}: got {value}, expected {least} or more and below 2^{bits}"
+                )
 
     @classmethod
     def of_chip(cls, chip: Machine) -> Control:
