@@ -143,7 +143,7 @@ def bench_mvm(case: CountCase, measure: Measure) -> None:
             ),
         ],
         unit="us",
-        pace=None,
+        calls=CALLS,
     )
     tell_rate(measure)
 
