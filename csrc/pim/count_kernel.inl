@@ -275,13 +275,16 @@ void extract_any(const ExtractArgs& a) {
 
 void levels8(const ExtractArgs& a) {
     const auto mask = static_cast<std::uint8_t>((1U << a.lines.bits) - 1U);
+    // Bytes may stand for anything, the arguments too: these are read once.
+    const std::int64_t rows = a.rows;
+    const std::int64_t padded_rows = a.padded_rows;
     for (std::int64_t v = 0; v < a.vectors; ++v) {
-        const auto* x = reinterpret_cast<const std::uint8_t*>(a.x) + v * a.stride;
-        std::uint8_t* out = a.out + v * a.padded_rows;
-        for (std::int64_t i = 0; i < a.rows; ++i) {
+        const auto* __restrict x = reinterpret_cast<const std::uint8_t*>(a.x) + v * a.stride;
+        std::uint8_t* __restrict out = a.out + v * padded_rows;
+        for (std::int64_t i = 0; i < rows; ++i) {
             out[i] = x[i] & mask;
         }
-        std::fill(out + a.rows, out + a.padded_rows, std::uint8_t{0});
+        std::fill(out + rows, out + padded_rows, std::uint8_t{0});
     }
 }
 

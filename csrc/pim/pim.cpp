@@ -74,6 +74,35 @@ std::int64_t integer(const Integers& x, std::int64_t n, std::int64_t i) noexcept
                   : std::int64_t{reinterpret_cast<const std::int8_t*>(x.data)[at]};
 }
 
+template <class T>
+std::int64_t sum(const T* x, std::int64_t n) noexcept {
+    constexpr std::int64_t kSafe = std::int64_t{1} << 15;  // so many fit 32 bits
+    std::int64_t total = 0;
+    for (std::int64_t begin = 0; begin < n; begin += kSafe) {
+        const std::int64_t end = std::min(n, begin + kSafe);
+        std::int32_t part = 0;
+        for (std::int64_t i = begin; i < end; ++i) {
+            part += x[i];
+        }
+        total += part;
+    }
+    return total;
+}
+
+// The sum of a vector's integers, as the lines carry them: unsigned ones of the type's width too.
+std::int64_t sum_of(const Integers& x, std::int64_t n, std::int64_t count,
+                    const Lines& lines) noexcept {
+    const std::int64_t at = n * x.stride;
+    if (x.wide) {
+        const auto* from = reinterpret_cast<const std::int16_t*>(x.data) + at;
+        return lines.input_signed ? sum(from, count)
+                                  : sum(reinterpret_cast<const std::uint16_t*>(from), count);
+    }
+    const auto* from = reinterpret_cast<const std::int8_t*>(x.data) + at;
+    return lines.input_signed ? sum(from, count)
+                              : sum(reinterpret_cast<const std::uint8_t*>(from), count);
+}
+
 // The level of each line before vector v: the last bit of the latest vector that was not gated.
 void levels_before(const Integers& x, const Lines& lines, std::int64_t v, std::int64_t i0,
                    std::int64_t rows, std::uint8_t* level) noexcept {
@@ -470,15 +499,9 @@ Status mvm(const Programmed& layer, const MvmArgs& args, int threads) noexcept {
         [&](std::int64_t task, std::byte* memory) noexcept {
             const std::int64_t v0 = task * run;
             const std::int64_t v1 = std::min(vectors, v0 + run);
-            const std::int64_t mask = (std::int64_t{1} << lines.bits) - 1;
             for (std::int64_t v = v0; v < v1; ++v) {
-                std::int64_t sum = 0;
-                if (layer.weight_signed) {
-                    for (std::int64_t i = 0; i < layer.inputs; ++i) {
-                        const std::int64_t x = integer(args.inputs, v, i);
-                        sum += lines.input_signed ? x : x & mask;
-                    }
-                }
+                const std::int64_t sum =
+                    layer.weight_signed ? sum_of(args.inputs, v, layer.inputs, lines) : 0;
                 std::fill_n(args.out.at(v, 0), layer.outputs,
                             -(sum * (std::int64_t{1} << (layer.weight_bits - 1))));
             }
@@ -496,10 +519,12 @@ Status mvm(const Programmed& layer, const MvmArgs& args, int threads) noexcept {
                             }
                             std::int64_t* out = args.out.at(v, b * each);
                             for (std::int64_t n = 0; n < block.digits / digits; ++n) {
+                                std::int64_t total = 0;
                                 for (int d = 0; d < digits; ++d) {
-                                    out[n] += y[n * digits + d] *
-                                              (std::int64_t{1} << (d * layer.digit_bits()));
+                                    total += y[n * digits + d] *
+                                             (std::int64_t{1} << (d * layer.digit_bits()));
                                 }
+                                out[n] += total;
                             }
                         }
                     });
