@@ -13,6 +13,7 @@ void bf16_bf16(const Block& blocks, const Tokens& x, float* out);
 void int8_bf16(const Block& blocks, const Tokens& x, float* out);
 void int4_bf16(const Block& blocks, const Tokens& x, float* out);
 void narrow(const float* x, std::int64_t n, bf16* to);
+void scale_outputs(const Block& blocks, const Tokens& x, float* out);
 
 namespace {
 
@@ -365,13 +366,7 @@ void int8_int8(const Block& blocks, const Tokens& x, float* out) {
         return;
     }
     multiply_many<false>(blocks, x, out, expand_int8);
-    for (std::int64_t b = 0; b < blocks.count; ++b) {
-        const __m512 scale = _mm512_loadu_ps(blocks.scales + b * blocks.bytes);
-        for (std::int64_t i = b * x.count; i < (b + 1) * x.count; ++i) {
-            float* row = out + i * kRows;
-            _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), scale));
-        }
-    }
+    scale_outputs(blocks, x, out);
 }
 
 void bf16_float(const Block& blocks, const Tokens& x, float* out) {

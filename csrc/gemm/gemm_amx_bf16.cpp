@@ -300,8 +300,8 @@ void int4_bf16(const Block& blocks, const Tokens& x, float* out) {
     multiply_expanded<ExpandInt4>(blocks, x, out);
 }
 
-void int8_bf16(const Block& blocks, const Tokens& x, float* out) {
-    multiply_expanded<ExpandInt8>(blocks, x, out);
+// int8's scale of each output.
+void scale_outputs(const Block& blocks, const Tokens& x, float* out) {
     for (std::int64_t b = 0; b < blocks.count; ++b) {
         const __m512 scale = _mm512_loadu_ps(blocks.scales + b * blocks.bytes);
         for (std::int64_t i = b * x.count; i < (b + 1) * x.count; ++i) {
@@ -309,6 +309,11 @@ void int8_bf16(const Block& blocks, const Tokens& x, float* out) {
             _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), scale));
         }
     }
+}
+
+void int8_bf16(const Block& blocks, const Tokens& x, float* out) {
+    multiply_expanded<ExpandInt8>(blocks, x, out);
+    scale_outputs(blocks, x, out);
 }
 
 // Packed bf16 lies as tiles want it.
