@@ -15,7 +15,7 @@ from quernstone.bench.cases import runtime as cases
 from quernstone.bench.harness import Measure, Named, WrongResult, rows
 from quernstone.bench.rows import RivalResult, Spread, upper_bound
 from quernstone.moe import EmulatedDevice, Experts, ExpertsShape, HybridMoE, Runtime
-from quernstone.moe.runtime import Recording
+from quernstone.moe.recording import Recording
 from quernstone.moe.schedule import Policy
 from quernstone.plan import Plan
 
@@ -54,7 +54,7 @@ def open_runtime(device: EmulatedDevice, policy: Policy = "hybrid", prefetch: in
     of = cases.recorded()
     runtime = Runtime(of.experts, device, policy=policy, slots=cases.slots(), prefetch=prefetch)
     for name, weight in of.routers.items():
-        runtime.set_router(name, lambda x, weight=weight: x @ weight.T)
+        runtime.set_router(name, weight)
     return runtime
 
 

@@ -22,9 +22,11 @@ void register_moe_cache(pybind11::module_& moe);
 void register_moe_decoder(pybind11::module_& moe);
 void register_moe_schedule(pybind11::module_& moe);
 void register_moe_runtime(pybind11::module_& moe);
+void register_moe_step(pybind11::module_& moe);
 
-// The operator of experts with torch.
+// The operators of experts with torch.
 void register_moe_operator();
+void register_moe_step_operator();
 
 // Functions of _core.pim.
 void register_pim_chip(pybind11::module_& pim);

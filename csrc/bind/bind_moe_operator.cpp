@@ -1,8 +1,7 @@
 #include <cstring>
 #include <vector>
 
-#include "bind/bind.h"
-#include "bind/torch_shim.h"
+#include "bind/torch_view.h"
 #include "common/bf16.h"
 #include "common/parallel.h"
 #include "moe/experts.h"
@@ -20,31 +19,6 @@ constexpr const char* kSchema =
 // [6] int64: one tensor, since every argument of an operator costs a call a fraction of a us.
 namespace setting {
 enum : std::size_t { kFormat, kHidden, kIntermediate, kGroup, kZeroPoints, kCompute, kCount };
-}
-
-void expect(const Tensor& x, const char* device, const char* ndim, std::int64_t want) {
-    if (!x.on_cpu()) {
-        raise(invalid(device, "another device", "cpu"));
-    }
-    if (x.ndim() != want) {
-        raise(invalid(ndim, x.ndim(), "", want));
-    }
-}
-
-void expect_dtype(const Tensor& x, const char* what, std::int32_t want) {
-    if (x.dtype() != want) {
-        raise(invalid(what, shim::dtype_name(x.dtype()), shim::dtype_name(want)));
-    }
-}
-
-template <class T>
-View<T, 2> view(const Tensor& x) {
-    auto* data = static_cast<T*>(x.data());
-    const std::int64_t *shape = x.shape(), *stride = x.strides();
-    // An empty tensor is present all the same.
-    return {data != nullptr ? data : reinterpret_cast<T*>(alignof(T)),
-            {shape[0], shape[1]},
-            {stride[0], stride[1]}};
 }
 
 float widen(bf16 x) noexcept {
@@ -110,11 +84,11 @@ void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
         raise(invalid("compute", how, "0 to 2"));
     }
     const auto compute = static_cast<gemm::Compute>(how);
-    const auto id = view<const std::int64_t>(ids);
-    const auto weight = view<const float>(weights);
+    const auto id = matrix<const std::int64_t>(ids);
+    const auto weight = matrix<const float>(weights);
     const std::int64_t tokens = shape[0], width = shape[1];
     if (!narrowed && (x.strides()[1] == 1 || width < 2)) {
-        raise(moe::forward(of, {view<const float>(x), id, weight, view<float>(out), compute},
+        raise(moe::forward(of, {matrix<const float>(x), id, weight, matrix<float>(out), compute},
                            num_threads()));
         stack[0] = out.release();
         return;
@@ -131,9 +105,9 @@ void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
         }
     };
     if (narrowed) {
-        widen_all(view<const bf16>(x), widen);
+        widen_all(matrix<const bf16>(x), widen);
     } else {
-        widen_all(view<const float>(x), [](float value) { return value; });
+        widen_all(matrix<const float>(x), [](float value) { return value; });
     }
     raise(moe::forward(of,
                        {{wide, {tokens, width}, {width, 1}},

@@ -73,6 +73,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
             if (shim::load(libtorch_cpu)) {
                 bind::register_attention(m);
                 bind::register_moe_operator();
+                bind::register_moe_step_operator();
             }
         },
         py::arg("libtorch_cpu"), "Registers the operators with torch. A second call does nothing.");
@@ -87,6 +88,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind::register_moe_decoder(moe);
     bind::register_moe_schedule(moe);
     bind::register_moe_runtime(moe);
+    bind::register_moe_step(moe);
     auto pim =
         m.def_submodule("pim", "Bit-serial macros: ones, toggles, products, and their chip.");
     bind::register_pim(pim);

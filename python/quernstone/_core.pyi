@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -214,20 +215,12 @@ class moe:
         ) -> None: ...
         def combine(self, rows: NDArray[np.float32] | None, out: NDArray[np.float32]) -> None: ...
         def finish(self) -> None: ...
-        def step(
-            self,
-            device: moe.EmulatedDevice,
-            layer: int,
-            ids: _Ints,
-            weights: NDArray[np.float32],
-            scores: NDArray[np.float32] | None,
-            now: float,
-            layout: moe.ExpertsLayout,
-            packed: NDArray[np.uint8],
-            x: NDArray[np.float32],
-            compute: str,
-            out: NDArray[np.float32],
-        ) -> None: ...
+        def look_so_far(self, distance: int) -> None: ...
+        def set_router(self, layer: int, router: NDArray[np.float32] | None) -> None: ...
+        guess: Callable[[], list[tuple[int, int, _Ints]]] | None
+        def take_error(self) -> BaseException | None: ...
+        @property
+        def under_way(self) -> bool: ...
         def place(self, layer: int, expert: int) -> int: ...
         def clear(self, layer: int) -> None: ...
         def resident(self, layer: int) -> list[int]: ...
@@ -246,6 +239,19 @@ class moe:
         def on_device(self) -> bool: ...
         @property
         def room_ahead(self) -> bool: ...
+
+    class Step:
+        def __init__(
+            self,
+            runtime: moe.Runtime,
+            device: moe.EmulatedDevice,
+            layer: int,
+            layout: moe.ExpertsLayout,
+            packed: NDArray[np.uint8],
+            compute: str,
+        ) -> None: ...
+        @property
+        def number(self) -> int: ...
 
     class EmulatedDevice:
         def __init__(

@@ -296,7 +296,7 @@ def install(
             scores=made.device is not None,
         )
         if prefetch:
-            made.set_router(block.name, packed.predict)
+            made.set_router(block.name, old.gate.weight)
         _replace(model, block.name, packed)
         blocks[block.name] = packed
     linears = {}

@@ -10,7 +10,6 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, get_args
 
@@ -26,13 +25,14 @@ from quernstone.moe.cache.policies import check_policy
 from quernstone.moe.cost import CostModel, Curve
 from quernstone.moe.devices import Device, EmulatedDevice, Work
 from quernstone.moe.experts import Experts
-from quernstone.moe.schedule import MAX_DISTANCE, Interval, Policy
-from quernstone.moe.torch_op import bind_experts
-from quernstone.plan import Interval as PlanInterval
-from quernstone.plan import Plan
+from quernstone.moe.recording import Recording
+from quernstone.moe.schedule import MAX_DISTANCE, Policy
+from quernstone.moe.torch_op import bind_experts, step_of_runtime
 
 Router = Callable[[Tensor], Tensor]
 """[t, m] fp32 hidden states to [t, e] scores, of which the largest choose: logits or a softmax."""
+FEW = 4
+"""Tokens for which the core's products with a router are sooner done than torch is called."""
 STAGING = 4
 """Slots of a device for experts that are moved and not kept."""
 
@@ -89,11 +89,13 @@ class Runtime:
             name: HybridMoE(of, _Place(self, i)) for i, (name, of) in enumerate(layers.items())
         }
         self._routers: dict[int, Router] = {}
+        self._other_routers: set[int] = set()
+        """Layers whose router is no matrix."""
         self._prefetch = prefetch
         self._slots = _slots(slots, self._experts)
         self._core: _core.moe.Runtime | None = None
-        self._emulated: _core.moe.EmulatedDevice | None = None
-        """Where a step is one call instead of many."""
+        self._steps: list[_core.moe.Step] = []
+        """Where a step is one call of an operator instead of many."""
         self._lock = threading.Lock()
         self._recording: Recording | None = None
         self._closed = False
@@ -110,8 +112,14 @@ class Runtime:
             used = costs or device.costs(self._experts[0].shape)
             self._paced = device.emulated
             self._core = _planner(used, device, self._experts, self._slots, policy, cache)
-            if isinstance(device, EmulatedDevice) and not prefetch:
-                self._emulated = device.core
+            if isinstance(device, EmulatedDevice) and device.core is not None:
+                self._core.look_so_far(prefetch)
+                self._steps = [
+                    _core.moe.Step(self._core, device.core, layer, layout, of.data, of.compute)
+                    for layer, (layout, of) in enumerate(
+                        zip(self._layouts, self._experts, strict=True)
+                    )
+                ]
             for layer, count in enumerate(self._slots):
                 self._bring(layer, range(count))
         except BaseException:
@@ -138,18 +146,41 @@ class Runtime:
             raise ValueError(f"name: got {name!r}, expected one of {', '.join(self._modules)}")
         return self._modules[name]
 
-    def set_router(self, name: str, router: Router) -> None:
+    def set_router(self, name: str, router: Router | Tensor) -> None:
         """Tells the router of a layer: prefetching asks it about hidden states of earlier ones.
 
+        Args:
+            name: of the layer.
+            router: a function, or the matrix [e, m] of a linear one, which is copied and costs
+                least; experts that it has no row for are always chosen.
+
         Raises:
-            ValueError: there is no such layer.
-            TypeError: a router that cannot be called.
+            ValueError: there is no such layer; a matrix that does not fit it.
+            TypeError: a router that is neither.
         """
         place = self.layer(name).place
-        if not callable(router):
-            raise TypeError(f"router: got {type(router).__name__}, expected a callable")
         assert place is not None
-        self._routers[place.layer] = router
+        layer, matrix = place.layer, None
+        shape = self._experts[layer].shape
+        if isinstance(router, Tensor):
+            if router.ndim != 2 or not 1 <= len(router) <= shape.count:
+                raise ValueError(
+                    f"router.shape: got {tuple(router.shape)}, expected [1 to {shape.count}, "
+                    f"{shape.hidden}]"
+                )
+            if router.shape[1] != shape.hidden:
+                raise ValueError(f"router.shape[1]: got {router.shape[1]}, expected {shape.hidden}")
+            matrix = router.detach().float().cpu().contiguous().clone()
+            router = _linear(matrix, shape.count)
+        elif not callable(router):
+            raise TypeError(f"router: got {type(router).__name__}, expected a callable or a Tensor")
+        with self._lock:
+            self._routers[layer] = router
+            self._other_routers.discard(layer)
+            if matrix is None:
+                self._other_routers.add(layer)
+            if self._core is not None:
+                self._core.set_router(layer, None if matrix is None else matrix.numpy())
 
     @property
     def closed(self) -> bool:
@@ -205,7 +236,8 @@ class Runtime:
         """Ends the workers and gives the device back; may be called twice."""
         with self._lock:
             self._closed = True
-            self._core = self._emulated = None
+            self._core = None
+            self._steps = []
             if self.device is not None:
                 self.device.close()
 
@@ -239,14 +271,22 @@ class Runtime:
             if self._given_up:
                 self._recover(core, device)
             self._given_up = True
+            begun = time.perf_counter()
             try:
-                if self._emulated is not None:
-                    out = self._step_in_one(core, self._emulated, layer, x, ids, weights, scores)
-                else:
-                    out = self._step(core, device, layer, x, ids, weights, scores)
-            except BaseException:
-                self._recover(core, device)
+                step = self._step_in_one if self._steps else self._step
+                out = step(core, device, layer, x, ids, weights, scores)
+            except BaseException as error:
+                if core.under_way or not self._steps:
+                    self._recover(core, device)
+                self._given_up = False
+                raised = core.take_error()
+                if raised is not None:
+                    raise raised from None
+                if isinstance(error, Exception):
+                    check_call(x, ids, weights, self._experts[layer].shape.hidden)
                 raise
+            if self._recording is not None:
+                self._recording.add(core, layer, begun, time.perf_counter())
             self._given_up = False
             return out
 
@@ -270,7 +310,8 @@ class Runtime:
         weights: Tensor,
         scores: Tensor | None,
     ) -> Tensor:
-        begun = time.perf_counter()
+        check_call(x, ids, weights, self._experts[layer].shape.hidden)
+        now = time.perf_counter()
         device.begin()
         given = x.detach().float().contiguous()
         rows = given.cpu()
@@ -278,11 +319,11 @@ class Runtime:
         counts = _array(weights)
         likely = None if scores is None else _array(scores.float())
         if self._prefetch:
-            for load in core.needless(layer, chosen, begun):
+            for load in core.needless(layer, chosen, now):
                 if device.cancel(layer, load[2]):
                     core.cancelled(*load)
         work: list[Work] = []
-        for is_load, expert, slot, tokens in core.plan(layer, chosen, counts, likely, begun):
+        for is_load, expert, slot, tokens in core.plan(layer, chosen, counts, likely, now):
             if not is_load:
                 work.append(Work(expert, slot, tokens))
                 continue
@@ -307,41 +348,35 @@ class Runtime:
         out = torch.empty(rows.shape, dtype=torch.float32)
         core.combine(None if found is None else found.numpy(), out.numpy())
         core.finish()
-        if self._recording is not None:
-            self._recording.add(core, layer, begun, time.perf_counter())
         return out.to(x.device, x.dtype)
 
     def _step_in_one(
         self,
         core: _core.moe.Runtime,
-        device: _core.moe.EmulatedDevice,
+        device: Device,
         layer: int,
         x: Tensor,
         ids: Tensor,
         weights: Tensor,
         scores: Tensor | None,
     ) -> Tensor:
-        """`_step` with an emulated device that prefetches nothing."""
-        begun = time.perf_counter()
-        device.begin()
-        plain = x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
-        rows = _array(x if plain else x.float().contiguous())
-        out = torch.empty(rows.shape, dtype=torch.float32)
-        core.step(
-            device,
-            layer,
-            _array(ids),
-            _array(weights),
-            None if scores is None else _array(scores.float()),
-            begun,
-            self._layouts[layer],
-            self._experts[layer].data,
-            rows,
-            self._computes[layer],
-            out.numpy(),
-        )
-        if self._recording is not None:
-            self._recording.add(core, layer, begun, time.perf_counter())
+        """`_step` on an emulated device."""
+        plain = x.dtype is torch.float32 and x.is_cpu and x.is_contiguous()
+        if not plain:
+            check_call(x, ids, weights, self._experts[layer].shape.hidden)
+            ids, weights = ids.cpu(), weights.cpu()
+        given = x if plain else x.float().cpu().contiguous()
+        if scores is not None and not (scores.is_cpu and scores.dtype is torch.float32):
+            scores = scores.float().cpu()
+        number = self._steps[layer].number
+        if not self._prefetch or (len(x) <= FEW and not self._other_routers):
+            out: Tensor = step_of_runtime(given, ids, weights, scores, number)
+        else:
+            core.guess = lambda: self._guesses(layer, given, ids.shape[1])
+            try:
+                out = step_of_runtime(given, ids, weights, scores, number)
+            finally:
+                core.guess = None
         return out if plain else out.to(x.device, x.dtype)
 
     def _guesses(
@@ -358,71 +393,22 @@ class Runtime:
         return guesses
 
 
+def _linear(matrix: Tensor, count: int) -> Router:
+    """Of `count` experts, of which those that the matrix has no row for are always chosen."""
+
+    def router(hidden: Tensor) -> Tensor:
+        logits = hidden @ matrix.to(hidden.device).T
+        return nn.functional.pad(logits, (0, count - len(matrix)), value=torch.inf)
+
+    return router
+
+
 def _array(tensor: Tensor) -> NDArray[Any]:
     """A tensor's numbers, without the steps that one on the CPU does not need: a worker waits."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     found: NDArray[Any] = (tensor if tensor.is_cpu else tensor.cpu()).numpy()
     return found
-
-
-@dataclass
-class LayerTime:
-    """A layer of a step: what the plan said, and what came of it."""
-
-    layer: int
-    begun: float
-    """By `time.perf_counter`."""
-    predicted: float
-    """Seconds, the factor of an emulated device included."""
-    took: float
-    hits: int
-    """Experts that were on the device."""
-    active: int
-
-
-class Recording:
-    """What was done and what was planned, on one clock."""
-
-    def __init__(self, device: Device | None, layers: tuple[str, ...]) -> None:
-        self.steps: list[LayerTime] = []
-        self.real: list[Interval] = []
-        self.planned: list[Interval] = []
-        self.device = device
-        self.layers = layers
-
-    def add(self, core: _core.moe.Runtime, layer: int, begun: float, ended: float) -> None:
-        assert self.device is not None
-        self.steps.append(
-            LayerTime(layer, begun, core.makespan, ended - begun, core.hits, core.active)
-        )
-        for resource, start, end, expert, kind in core.predicted():
-            span = begun + start, begun + end
-            self.planned.append((resource, *span, f"{layer}.{expert}", kind))
-        for experts, start, end in core.spans() if core.on_cpu else ():
-            label = " ".join(f"{layer}.{expert}" for expert in experts)
-            self.real.append(("cpu", start, end, label, "compute"))
-        self.real += self.device.times()
-
-    def plan(self) -> Plan:
-        """What was done, by recorded time-stamps."""
-        return self._plan(self.real, "recorded")
-
-    def predicted(self) -> Plan:
-        """What the schedules said, each from the real start of its layer on."""
-        return self._plan(self.planned, "planned")
-
-    def _plan(self, found: list[Interval], what: str) -> Plan:
-        name = "no device" if self.device is None else self.device.name
-        begun = min([step.begun for step in self.steps], default=0.0)
-        shown = [
-            (resource, max(0.0, start - begun), max(0.0, end - begun), label, kind)
-            for resource, start, end, label, kind in found
-        ]
-        title = f"{what}: {name}"
-        return Plan(
-            ("gpu", "pcie", "cpu"), tuple(PlanInterval(*one) for one in sorted(shown)), title=title
-        )
 
 
 class _Place(NamedTuple):
@@ -486,7 +472,6 @@ class HybridMoE(nn.Module):
             except Exception:
                 check_call(x, ids, weights, self.experts.shape.hidden)
                 raise
-        check_call(x, ids, weights, self.experts.shape.hidden)
         assert self.place is not None
         return self.place.runtime._run(self.place.layer, x, ids, weights, scores)
 

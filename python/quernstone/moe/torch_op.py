@@ -1,7 +1,8 @@
-"""The operator ``quernstone::moe_experts``: experts without Python between a model and the kernel.
+"""Operators of experts, without Python between a model and the kernel.
 
-The extension defines it and its CPU kernel. Here torch learns its shape, for ``torch.compile``,
-``torch.export`` and fake tensors. It has no gradient.
+``quernstone::moe_experts`` computes a layer on the CPU, ``quernstone::moe_step`` one of a runtime
+on an emulated device. The extension defines both and their CPU kernels. Here torch learns their
+shapes, for ``torch.compile``, ``torch.export`` and fake tensors. They have no gradient.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from quernstone import _config  # noqa: F401  (defines the operator)
 from quernstone.moe.experts import Experts
 
+_STEP = torch.ops.quernstone.moe_step.default
 _FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
 _COMPUTES = {"float": 0, "int8": 1, "mixed": 2}
 
@@ -25,6 +27,7 @@ def _fake(x: Tensor, *others: Any) -> Tensor:
 
 
 torch.library.register_fake("quernstone::moe_experts", _fake)
+torch.library.register_fake("quernstone::moe_step", _fake)
 
 
 def operands(experts: Experts) -> tuple[Tensor, Tensor]:
@@ -57,3 +60,14 @@ def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]
         return found
 
     return call
+
+
+def step_of_runtime(
+    x: Tensor, ids: Tensor, weights: Tensor, scores: Tensor | None, number: int
+) -> Tensor:
+    """A layer of a runtime, by the number of its `_core.moe.Step`."""
+    if x.requires_grad or weights.requires_grad or (scores is not None and scores.requires_grad):
+        x, weights = x.detach(), weights.detach()
+        scores = None if scores is None else scores.detach()
+    found: Tensor = _STEP(x, ids, weights, scores, number)
+    return found
