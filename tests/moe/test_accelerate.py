@@ -30,6 +30,8 @@ FP32 = 2e-5
 # Activations rounded to 8 bits: an error of 1 / (127 sqrt 12) of the largest of 32, which is about
 # 2.2 deviations, so 0.005 a product; eight products follow one another in each of three layers.
 INT8 = 0.005 * 24**0.5
+# Rounded to bf16, activations and int4's numbers deviate by 2^-8 / sqrt 3 of themselves at most.
+TILES = 2.0**-8 * (2 / 3 * 24) ** 0.5
 
 
 def logits(model: Any, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
@@ -91,6 +93,52 @@ def test_shared_experts_are_packed_beside_the_routed(name: str) -> None:
         # 80 rows beside experts of 32 take three, the last half full.
         assert packed.shared == {"qwen2_moe": 3, "deepseek_v2": 2, "deepseek_v3": 1}[name]
         assert len(packed.experts(torch.ones(1, 64), torch.tensor([[0]]), torch.ones(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("mixtral", "model"), ("mixtral", "quernstone"), ("qwen2_moe", "quernstone")],
+)
+@pytest.mark.parametrize("format", ["int4", "bf16"])
+def test_mixed_models_take_tiles_for_many_tokens_and_lose_less_than_bytes_would(
+    name: str, format: Any, attention: Any, isa: str
+) -> None:
+    model, ids = compiled(name), tokens(1, 256)
+    settings: dict[str, Any] = {"format": format, "linear": format, "attention": attention}
+    got = accelerate(copy.deepcopy(model), compute="mixed", **settings)
+    other = accelerate(copy.deepcopy(model), **settings)
+    assert got.quernstone.compiled == (attention == "quernstone")
+    found, plain = logits(got, ids), logits(other, ids)
+    if isa == "avx512_amx":
+        assert not torch.equal(found, plain)
+        exact = logits(twin(model, got), ids)
+        assert typical(found, exact) < TILES
+        if format == "int4":
+            assert typical(found, exact) < typical(plain, exact)
+    else:
+        assert torch.equal(found, plain)
+    # Of few tokens no level makes tiles.
+    assert torch.equal(logits(got, ids[:, :63]), logits(other, ids[:, :63]))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_a_mixed_bf16_model_is_as_near_as_its_own(name: str) -> None:
+    model, ids = tiny(name, dtype=torch.bfloat16), tokens(1, 256)
+    exact = logits(copy.deepcopy(model).float(), ids)
+    theirs = typical(logits(model, ids), exact)
+    got = accelerate(model, format="bf16", linear="bf16", compute="mixed")
+    assert typical(logits(got, ids), exact) < 1.5 * theirs
+
+
+@pytest.mark.parametrize("format", ["int4", "bf16"])
+def test_a_mixed_model_has_the_same_bits_beside_a_device(format: Any) -> None:
+    model, ids = compiled("mixtral"), tokens(1, 256)
+    settings: dict[str, Any] = {"format": format, "linear": "int8", "compute": "mixed"}
+    want = logits(accelerate(copy.deepcopy(model), **settings), ids)
+    device = EmulatedDevice("rtx4090", factor=1e-3)
+    with accelerate(model, device=device, prefetch=2, **settings).quernstone:
+        for _ in range(2):
+            assert torch.equal(logits(model, ids), want)
 
 
 class TestCompiledDecoder:
