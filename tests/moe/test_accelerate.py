@@ -283,6 +283,27 @@ class TestCompiledDecoder:
         got.lm_head = torch.nn.Linear(64, 7)
         assert logits(got, tokens(1)).shape == (1, 9, 7)
 
+    @pytest.mark.parametrize("part", ["norm", "written", "layers", "attention", "router"])
+    def test_a_part_that_is_replaced_or_written_to_is_used(self, part: str) -> None:
+        got = accelerate(compiled("mixtral"), linear="int8", attention="quernstone")
+        ids = tokens(1)
+        before = logits(got, ids)
+        inner = got.model
+        if part == "norm":
+            inner.norm = copy.deepcopy(inner.norm)
+            inner.norm.weight.data *= 2.0
+        elif part == "written":
+            with torch.no_grad():
+                inner.layers[0].input_layernorm.weight.mul_(2.0)
+        elif part == "layers":
+            inner.layers = inner.layers[:1]
+        elif part == "attention":
+            inner.layers[0].self_attn.o_proj = torch.nn.Linear(64, 64)
+        else:
+            gate = inner.layers[0].mlp.gate
+            gate.weight = torch.nn.Parameter(-gate.weight)
+        assert relative(logits(got, ids), before) > 0.05
+
     def test_goes_on_from_a_cache_of_the_model_it_was(self) -> None:
         model, ids = compiled("mixtral", num_key_value_heads=2), tokens(1)
         got = accelerate(copy.deepcopy(model), format="bf16", linear="bf16", attention="quernstone")

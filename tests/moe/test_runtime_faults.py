@@ -173,6 +173,20 @@ def test_a_second_interrupt_leaves_nothing_that_is_taken_for_loaded(
         assert torch.equal(module(*call), layers["first"](*call[:3]))
 
 
+def test_placing_after_a_recovery_that_was_cut_short_makes_it_whole(
+    layers: dict[str, Experts],
+) -> None:
+    device = InterruptedTwice("compute", KeyboardInterrupt())
+    call = make_call(torch.Generator().manual_seed(1), 3)
+    with Runtime(layers, device, policy="fixed", cache="lru", slots=COUNT) as runtime:
+        device.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            runtime.layer("first")(*call)
+        assert device.told
+        runtime.place("second", [0])
+        assert torch.equal(runtime.layer("first")(*call), layers["first"](*call[:3]))
+
+
 def test_experts_whose_placing_failed_are_not_taken_for_loaded(layers: dict[str, Experts]) -> None:
     device = Failing("load", RuntimeError("device lost"))
     x, _, weights, scores = make_call(torch.Generator().manual_seed(1), 1)
