@@ -58,6 +58,7 @@ inline reg dot(reg sum, reg bytes, reg digits) {
         sum, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, digits), _mm256_set1_epi16(1)));
 }
 inline reg shift32(reg x) { return _mm256_slli_epi32(x, 6); }
+inline reg add32(reg a, reg b) { return _mm256_add_epi32(a, b); }
 inline __m256i four_sums(__m256i a, __m256i b, __m256i c, __m256i d) {
     return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
 }

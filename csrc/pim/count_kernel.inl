@@ -208,7 +208,7 @@ void changes8(const ExtractArgs& a) {
             }
             const reg level = load(a.level + i);
             const reg before = kMsb ? or_(and_(shift_right(u, 1), low), shift_left(level, bits - 1))
-                                    : or_(add8(and_(u, low), and_(u, low)), level);
+                                    : or_(add8(u, u), level);
             reg pattern = and_(xor_(u, before), keep);
             reg end = kMsb ? and_(u, one) : and_(shift_right(u, bits - 1), one);
             if (idle) {

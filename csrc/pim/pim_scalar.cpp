@@ -89,6 +89,7 @@ inline reg dot(reg sum, reg bytes, reg digits) {
     return sum;
 }
 inline reg shift32(reg x) { return x << 6U; }
+inline reg add32(reg a, reg b) { return a + b; }
 // That of the k-th shifted right by k.
 inline void eight_sums(reg a, reg b, reg c, reg d, reg e, reg f, reg g, reg h, std::int32_t* out) {
     const reg sums[8] = {a, b, c, d, e, f, g, h};
