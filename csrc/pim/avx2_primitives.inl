@@ -9,6 +9,7 @@ inline reg load(const std::uint8_t* p) {
 inline void store(std::uint8_t* p, reg x) { _mm256_storeu_si256(reinterpret_cast<reg*>(p), x); }
 inline reg zero() { return _mm256_setzero_si256(); }
 inline reg add8(reg a, reg b) { return _mm256_add_epi8(a, b); }
+inline reg twice8(reg x) { return _mm256_add_epi8(x, x); }
 inline reg add16(reg a, reg b) { return _mm256_add_epi16(a, b); }
 inline reg add64(reg a, reg b) { return _mm256_add_epi64(a, b); }
 inline reg and_(reg a, reg b) { return _mm256_and_si256(a, b); }
