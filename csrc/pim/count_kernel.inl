@@ -1,5 +1,6 @@
 // Written in: reg, kParts of which are 64 bytes; load, store, zero, add8, add16, high16 (the upper
-// byte of each 16 bits), twice8 (within each byte), mask64, dot (u8 times s8 of at most 127, four to 32 bits), sum32.
+// byte of each 16 bits), twice8 (within each byte), mask64, dot (u8 times s8 of at most 127, four to
+// 32 bits), sum32.
 
 constexpr std::int64_t kRowsOfTable = 4;
 constexpr std::int64_t kPatterns = 16;

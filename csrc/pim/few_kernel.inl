@@ -13,7 +13,7 @@ struct BitSums {
 };
 
 inline BitSums one_digit(BitSums s, const std::uint8_t* pattern, const std::uint8_t* digits,
-                      std::int64_t rows) {
+                         std::int64_t rows) {
     for (std::int64_t i = 0; i < rows; i += kRegBytes) {
         const reg x = load(pattern + i);
         const reg y = load(digits + i);
@@ -30,7 +30,8 @@ inline BitSums one_digit(BitSums s, const std::uint8_t* pattern, const std::uint
 }
 
 // Both digits of a column at once: each bit is singled out once.
-inline BitSums two_digits(const std::uint8_t* pattern, const std::uint8_t* digits, std::int64_t rows) {
+inline BitSums two_digits(const std::uint8_t* pattern, const std::uint8_t* digits,
+                          std::int64_t rows) {
     BitSums low, high;
     for (std::int64_t i = 0; i < rows; i += kRegBytes) {
         const reg x = load(pattern + i);
