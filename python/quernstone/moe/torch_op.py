@@ -22,7 +22,11 @@ _FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
 _COMPUTES = {"float": 0, "int8": 1, "mixed": 2}
 
 
-def _fake(x: Tensor, *others: Any) -> Tensor:
+def _fake(x: Tensor, ids: Tensor, weights: Tensor, *others: Any) -> Tensor:
+    # One tensor that is not real is enough for torch to come here.
+    for name, other in (("ids", ids), ("weights", weights)):
+        if other.device != x.device:
+            raise ValueError(f"{name}.device: got {other.device}, expected {x.device}, as x")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
