@@ -200,6 +200,32 @@ def test_a_row_of_wide_steps_is_not_forgotten_by_the_estimate() -> None:
         assert candidates.choose(snr, fidelity="each").layers[0].snr > snr - 3.0
 
 
+@pytest.mark.parametrize(
+    ("name", "groups", "pruned"),
+    [
+        ("perceptron", 1, [0, 2]),
+        ("perceptron", 1, [0, 1, 2]),
+        ("grouped", 1, [0, 2]),
+        ("grouped", 2, [0, 2]),
+    ],
+)
+def test_a_layer_is_not_judged_by_rows_that_are_pruned(
+    name: str, groups: int, pruned: list[int]
+) -> None:
+    graph = networks.conv("grouped", outputs=240) if name == "grouped" else networks.perceptron(120)
+    constant = weights_of(graph)[0].constant
+    weights = graph.constants[constant].copy()
+    # Every fourth row from 0 and 2 on: with 30 to try of 120, half of them or all are zeros.
+    among = weights.reshape(-1, 120, *weights.shape[1:])[:groups]
+    for first in pruned:
+        among[:, first::4] = 0.0
+    graph = replace(graph, constants={**graph.constants, constant: weights})
+    tried = 30 * weights_of(graph)[0].groups
+    candidates = Candidates(graph, calibrate(graph, [_inputs(graph, 512)]), rows=tried)
+    for snr in (28.0, 36.0):
+        assert candidates.choose(snr, fidelity="each").layers[0].snr >= snr
+
+
 def test_without_a_price_the_network_stays_what_it_is() -> None:
     graph = networks.perceptron()
     candidates = Candidates(
