@@ -294,7 +294,8 @@ class Candidates:
             fidelity: "noise": the relative squared errors of the layers, each times its
                 sensitivity, come to no more than if every layer had `snr`; their mean ratio is then
                 at least that. "each": every layer's ratio is, where some rounding reaches it.
-                "mean": the mean over the layers is, each counting up to 6 dB above it.
+                "mean": the mean over the layers is, each counting up to 6 dB above it. All by the
+                estimate from the rows that were tried; the layers tell what became of all.
             sensitivity: by names of layers, for "noise"; 1 for those not named.
 
         Raises:
