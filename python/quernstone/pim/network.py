@@ -456,7 +456,7 @@ def integer_inputs(
 class _Part(NamedTuple):
     """Rows of a weight of which some are tried for all."""
 
-    index: Tensor
+    tried: Tensor
     """Those that are tried."""
     share: float
     """Of the rows."""
@@ -490,8 +490,8 @@ class _Problem:
         self.unit = float(steps * scales.square().mean())
         few = None if rows is None else max(1, -(-rows // weight.groups))
         self._parts = _sampled((values == 0).all(dim=2), scales, few)
-        self._sizes = [len(part.index) for part in self._parts]
-        index = torch.cat([part.index for part in self._parts])
+        self._sizes = [len(part.tried) for part in self._parts]
+        index = torch.cat([part.tried for part in self._parts])
         self.matrices, self.scale = values.double()[:, index], scales[:, index]
 
     def round(self, option: _Option) -> Tensor:
@@ -568,7 +568,7 @@ def _sampled(zero: Tensor, scales: Tensor, few: int | None) -> list[_Part]:
 
     every = torch.arange(zero.shape[1])
     whole = part(every, scales)
-    if _odds(zero[:, whole.index]) <= _MOST_ODDS * _odds(zero):
+    if _odds(zero[:, whole.tried]) <= _MOST_ODDS * _odds(zero):
         return [whole]
     # Rows of zeros have steps but no errors: too many of them hush the others.
     none = zero.all(dim=0)
