@@ -395,12 +395,13 @@ class _Screen:
             off = np.stack([np.abs(c - a @ v).max(axis=1) for c, a, v in fits])
             if (off.sum(axis=1) <= self.ENOUGH).all():
                 break
-        # Twice what as many roundings add, for those of the bound itself.
+        # Twice what as many roundings add, for those of the bound itself: csrc/pim/README.md.
         rounding = (macros + scores + 8) * float(np.finfo(np.float32).eps)
         self.basis = np.zeros((macros, macros, scores + 1), np.float32)
         for m, (_, a, v) in enumerate(fits):
             self.basis[m, :, : a.shape[1]] = a
-            self.basis[m, :, scores] = off[m] + rounding * (np.abs(a) @ np.abs(v)).max(axis=1)
+            size = (np.abs(a) @ np.abs(v)).max(axis=1)
+            self.basis[m, :, scores] = off[m] + rounding * (off[m] + size)
         self.places = np.concatenate([self._tiles(v, scores) for _, _, v in fits])
 
     def worst(self, currents: Floats) -> Floats:
