@@ -96,10 +96,14 @@ def prompt(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     return run
 
 
+def prompt_of(what: What, ids: Tensor) -> Tensor:
+    return ids[:, : int(what.removeprefix("ttft"))]
+
+
 def runner(model: Any, what: What, ids: Tensor, experts: str | None = None) -> Callable[[], Tensor]:
     if what == "decode":
         return Decoding(model, ids, experts)
-    return prompt(model, ids[:, : int(what.removeprefix("ttft"))])
+    return prompt(model, prompt_of(what, ids))
 
 
 def error_of(model: Any, want: Tensor, probe: list[int] = PROBE) -> float:
@@ -240,8 +244,8 @@ def bench_model(case: ModelCase, measure: Measure) -> None:
         ik_rival(case.model, case.what, case.threads, ids),
         transformers_rival(case.model, case.what, ids),
     ]
-    # So many that experts have enough for tiles of bf16; the other path has a test of two.
-    probe = PROBE if case.what == "decode" else ids[0, :PREFIX].tolist()
+    # The row's own prompt: how many tokens an expert has decides what it computes with.
+    probe = PROBE if case.what == "decode" else prompt_of(case.what, ids)[0].tolist()
     check = check_of(case.model, model, cases.packed_weight_of(model), probe)
     handle = model.quernstone
     size = handle.step_bytes()

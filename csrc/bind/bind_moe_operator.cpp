@@ -38,6 +38,13 @@ bf16 narrow(float x) noexcept {
     return {static_cast<std::uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16)};
 }
 
+// Its numbers are read from the first on.
+void expect_run(const Tensor& x, const char* what) {
+    if (x.shape()[0] > 1 && x.strides()[0] != 1) {
+        raise(invalid(what, "a strided tensor", "a contiguous one"));
+    }
+}
+
 void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
     const auto tensor = [stack](int i) { return Tensor(reinterpret_cast<shim::Handle>(stack[i])); };
     const Tensor x = tensor(0), ids = tensor(1), weights = tensor(2), packed = tensor(3),
@@ -47,8 +54,11 @@ void experts(Boxed* stack, std::uint64_t, std::uint64_t) {
     expect(weights, "weights.device", "weights.ndim", 2);
     expect(packed, "packed.device", "packed.ndim", 1);
     expect(settings, "settings.device", "settings.ndim", 1);
+    expect_dtype(packed, "packed.dtype", shim::dtype::kUInt8);
+    expect_run(packed, "packed");
     expect_dtype(settings, "settings.dtype", shim::dtype::kInt64);
-    if (settings.shape()[0] != setting::kCount || settings.strides()[0] != 1) {
+    expect_run(settings, "settings");
+    if (settings.shape()[0] != setting::kCount) {
         raise(invalid("settings.shape[0]", settings.shape()[0], "", setting::kCount));
     }
     expect_dtype(ids, "ids.dtype", shim::dtype::kInt64);

@@ -56,7 +56,8 @@ class Tensor {
 [[nodiscard]] Tensor empty(std::int64_t ndim, const std::int64_t* shape, std::int32_t dtype);
 
 namespace dtype {  // c10::ScalarType
-inline constexpr std::int32_t kInt32 = 3, kInt64 = 4, kFloat32 = 6, kBool = 11, kBFloat16 = 15;
+inline constexpr std::int32_t kUInt8 = 0, kInt32 = 3, kInt64 = 4, kFloat32 = 6, kBool = 11,
+                              kBFloat16 = 15;
 }
 [[nodiscard]] const char* dtype_name(std::int32_t dtype);
 

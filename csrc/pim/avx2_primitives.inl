@@ -9,6 +9,7 @@ inline reg load(const std::uint8_t* p) {
 inline void store(std::uint8_t* p, reg x) { _mm256_storeu_si256(reinterpret_cast<reg*>(p), x); }
 inline reg zero() { return _mm256_setzero_si256(); }
 inline reg add8(reg a, reg b) { return _mm256_add_epi8(a, b); }
+inline reg twice8(reg x) { return _mm256_add_epi8(x, x); }
 inline reg add16(reg a, reg b) { return _mm256_add_epi16(a, b); }
 inline reg add64(reg a, reg b) { return _mm256_add_epi64(a, b); }
 inline reg and_(reg a, reg b) { return _mm256_and_si256(a, b); }
@@ -58,6 +59,7 @@ inline reg dot(reg sum, reg bytes, reg digits) {
         sum, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, digits), _mm256_set1_epi16(1)));
 }
 inline reg shift32(reg x) { return _mm256_slli_epi32(x, 6); }
+inline reg add32(reg a, reg b) { return _mm256_add_epi32(a, b); }
 inline __m256i four_sums(__m256i a, __m256i b, __m256i c, __m256i d) {
     return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
 }

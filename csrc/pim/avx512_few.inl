@@ -1,6 +1,7 @@
 // What few_kernel.inl needs beside avx512_primitives.inl and dot.
 
 inline reg shift32(reg x) { return _mm512_slli_epi32(x, 6); }
+inline reg add32(reg a, reg b) { return _mm512_add_epi32(a, b); }
 inline __m256i halves(__m512i x) {
     return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
 }

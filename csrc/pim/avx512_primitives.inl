@@ -7,6 +7,7 @@ inline reg load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void store(std::uint8_t* p, reg x) { _mm512_storeu_si512(p, x); }
 inline reg zero() { return _mm512_setzero_si512(); }
 inline reg add8(reg a, reg b) { return _mm512_add_epi8(a, b); }
+inline reg twice8(reg x) { return _mm512_add_epi8(x, x); }
 inline reg add16(reg a, reg b) { return _mm512_add_epi16(a, b); }
 inline reg add64(reg a, reg b) { return _mm512_add_epi64(a, b); }
 inline reg and_(reg a, reg b) { return _mm512_and_si512(a, b); }

@@ -1,5 +1,6 @@
 // Written in: reg, kParts of which are 64 bytes; load, store, zero, add8, add16, high16 (the upper
-// byte of each 16 bits), mask64, dot (u8 times s8 of at most 127, four to 32 bits), sum32.
+// byte of each 16 bits), twice8 (within each byte), mask64, dot (u8 times s8 of at most 127, four to
+// 32 bits), sum32.
 
 constexpr std::int64_t kRowsOfTable = 4;
 constexpr std::int64_t kPatterns = 16;
@@ -208,7 +209,7 @@ void changes8(const ExtractArgs& a) {
             }
             const reg level = load(a.level + i);
             const reg before = kMsb ? or_(and_(shift_right(u, 1), low), shift_left(level, bits - 1))
-                                    : or_(add8(and_(u, low), and_(u, low)), level);
+                                    : or_(twice8(u), level);
             reg pattern = and_(xor_(u, before), keep);
             reg end = kMsb ? and_(u, one) : and_(shift_right(u, bits - 1), one);
             if (idle) {

@@ -25,6 +25,8 @@ inline reg load(const std::uint8_t* p) {
 inline void store(std::uint8_t* p, reg x) { std::memcpy(p, &x, sizeof x); }
 inline reg zero() { return 0; }
 inline reg add8(reg a, reg b) { return a + b; }
+// What does not fit a byte is lost.
+inline reg twice8(reg x) { return (x & 0x7f7f7f7f7f7f7f7fU) << 1U; }
 // Lanes of 16 bits that may run over.
 inline reg add16(reg a, reg b) {
     constexpr reg kTop = 0x8000800080008000U;
@@ -89,6 +91,7 @@ inline reg dot(reg sum, reg bytes, reg digits) {
     return sum;
 }
 inline reg shift32(reg x) { return x << 6U; }
+inline reg add32(reg a, reg b) { return a + b; }
 // That of the k-th shifted right by k.
 inline void eight_sums(reg a, reg b, reg c, reg d, reg e, reg f, reg g, reg h, std::int32_t* out) {
     const reg sums[8] = {a, b, c, d, e, f, g, h};

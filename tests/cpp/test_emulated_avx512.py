@@ -41,7 +41,8 @@ def test_kernels_pass_their_tests_at_the_emulated_levels(emulated_package: Path)
     assert set(LEVELS) <= set(levels)
 
     def tested(folders: Sequence[str]) -> str:
-        tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, "-k", "avx512")
+        how = ("-q", "-p", "no:cacheprovider", "--no-skips", "-k", "avx512")
+        tests = ("-m", "pytest", *how, *folders)
         return run(sys.executable, *tests, **environment)
 
     with ThreadPoolExecutor(len(KERNELS)) as pool:

@@ -30,6 +30,8 @@ FP32 = 2e-5
 # Activations rounded to 8 bits: an error of 1 / (127 sqrt 12) of the largest of 32, which is about
 # 2.2 deviations, so 0.005 a product; eight products follow one another in each of three layers.
 INT8 = 0.005 * 24**0.5
+# Rounded to bf16, activations and int4's numbers deviate by 2^-8 / sqrt 3 of themselves at most.
+TILES = 2.0**-8 * (2 / 3 * 24) ** 0.5
 
 
 def logits(model: Any, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
@@ -91,6 +93,52 @@ def test_shared_experts_are_packed_beside_the_routed(name: str) -> None:
         # 80 rows beside experts of 32 take three, the last half full.
         assert packed.shared == {"qwen2_moe": 3, "deepseek_v2": 2, "deepseek_v3": 1}[name]
         assert len(packed.experts(torch.ones(1, 64), torch.tensor([[0]]), torch.ones(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("mixtral", "model"), ("mixtral", "quernstone"), ("qwen2_moe", "quernstone")],
+)
+@pytest.mark.parametrize("format", ["int4", "bf16"])
+def test_mixed_models_take_tiles_for_many_tokens_and_lose_less_than_bytes_would(
+    name: str, format: Any, attention: Any, isa: str
+) -> None:
+    model, ids = compiled(name), tokens(1, 256)
+    settings: dict[str, Any] = {"format": format, "linear": format, "attention": attention}
+    got = accelerate(copy.deepcopy(model), compute="mixed", **settings)
+    other = accelerate(copy.deepcopy(model), **settings)
+    assert got.quernstone.compiled == (attention == "quernstone")
+    found, plain = logits(got, ids), logits(other, ids)
+    if isa == "avx512_amx":
+        assert not torch.equal(found, plain)
+        exact = logits(twin(model, got), ids)
+        assert typical(found, exact) < TILES
+        if format == "int4":
+            assert typical(found, exact) < typical(plain, exact)
+    else:
+        assert torch.equal(found, plain)
+    # Of few tokens no level makes tiles.
+    assert torch.equal(logits(got, ids[:, :63]), logits(other, ids[:, :63]))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_a_mixed_bf16_model_is_as_near_as_its_own(name: str) -> None:
+    model, ids = tiny(name, dtype=torch.bfloat16), tokens(1, 256)
+    exact = logits(copy.deepcopy(model).float(), ids)
+    theirs = typical(logits(model, ids), exact)
+    got = accelerate(model, format="bf16", linear="bf16", compute="mixed")
+    assert typical(logits(got, ids), exact) < 1.5 * theirs
+
+
+@pytest.mark.parametrize("format", ["int4", "bf16"])
+def test_a_mixed_model_has_the_same_bits_beside_a_device(format: Any) -> None:
+    model, ids = compiled("mixtral"), tokens(1, 256)
+    settings: dict[str, Any] = {"format": format, "linear": "int8", "compute": "mixed"}
+    want = logits(accelerate(copy.deepcopy(model), **settings), ids)
+    device = EmulatedDevice("rtx4090", factor=1e-3)
+    with accelerate(model, device=device, prefetch=2, **settings).quernstone:
+        for _ in range(2):
+            assert torch.equal(logits(model, ids), want)
 
 
 class TestCompiledDecoder:
@@ -235,13 +283,35 @@ class TestCompiledDecoder:
         got.lm_head = torch.nn.Linear(64, 7)
         assert logits(got, tokens(1)).shape == (1, 9, 7)
 
+    @pytest.mark.parametrize("part", ["norm", "written", "layers", "attention", "router"])
+    def test_a_part_that_is_replaced_or_written_to_is_used(self, part: str) -> None:
+        got = accelerate(compiled("mixtral"), linear="int8", attention="quernstone")
+        ids = tokens(1)
+        before = logits(got, ids)
+        inner = got.model
+        if part == "norm":
+            inner.norm = copy.deepcopy(inner.norm)
+            inner.norm.weight.data *= 2.0
+        elif part == "written":
+            with torch.no_grad():
+                inner.layers[0].input_layernorm.weight.mul_(2.0)
+        elif part == "layers":
+            inner.layers = inner.layers[:1]
+        elif part == "attention":
+            inner.layers[0].self_attn.o_proj = torch.nn.Linear(64, 64)
+        else:
+            gate = inner.layers[0].mlp.gate
+            gate.weight = torch.nn.Parameter(-gate.weight)
+        assert relative(logits(got, ids), before) > 0.05
+
     def test_goes_on_from_a_cache_of_the_model_it_was(self) -> None:
         model, ids = compiled("mixtral", num_key_value_heads=2), tokens(1)
         got = accelerate(copy.deepcopy(model), format="bf16", linear="bf16", attention="quernstone")
-        cache = model(ids[:, :5]).past_key_values  # with gradients
+        cache, other = (model(ids[:, :5]).past_key_values for _ in range(2))  # with gradients
         with torch.no_grad():
             found = got(ids[:, 5:], past_key_values=cache).logits
-        assert relative(found, logits(twin(model, got), ids)[:, 5:]) < 0.05
+            want = twin(model, got)(ids[:, 5:], past_key_values=other).logits
+        assert relative(found, want) < FP32
 
     def test_logits_are_those_asked_for(self) -> None:
         got = accelerate(compiled("olmoe"), linear="int8", attention="quernstone")
@@ -389,25 +459,44 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "error", "words"),
     [
-        {"slots": [1]},
-        {"slots": -1, "device": EmulatedDevice("rtx4090")},
-        {"format": "bf16", "reproducible": True},
-        {"compute": "float", "reproducible": True},
-        {"compute": "mixed", "reproducible": True},
-        {"format": "bf16", "linear": "int4", "clips": 0},
-        {"format": "bf16", "linear": "int4", "group": 48},
-        {"clips": "many"},
-        {"zero_points": 3},
-        {"device": 3},
-        {"costs": CostModel.of_machine(PRESETS["rtx4090"], ExpertsShape(1, 32, 32))},
+        ({"slots": [1]}, ValueError, "slots: got 1 numbers, expected 3"),
+        (
+            {"slots": -1, "device": EmulatedDevice("rtx4090")},
+            ValueError,
+            r"slots\[0\]: got -1, expected at least 0",
+        ),
+        *(
+            (
+                {**of, "reproducible": True},
+                ValueError,
+                f"compute: got '{how}', expected 'int8' with reproducible",
+            )
+            for of, how in (
+                ({"format": "bf16"}, "float"),
+                ({"compute": "float"}, "float"),
+                ({"compute": "mixed"}, "mixed"),
+            )
+        ),
+        ({"format": "bf16", "linear": "int4", "clips": 0}, ValueError, "clips: got 0, expected 1"),
+        ({"format": "bf16", "linear": "int4", "group": 48}, ValueError, "group: got 48, expected"),
+        ({"clips": "many"}, TypeError, "clips: got str 'many', expected int"),
+        ({"zero_points": 3}, TypeError, "zero_points: got 3, expected a bool"),
+        ({"device": 3}, TypeError, "device: got int, expected a Device or None"),
+        (
+            {"costs": CostModel.of_machine(PRESETS["rtx4090"], ExpertsShape(1, 32, 32))},
+            ValueError,
+            "costs: got some without a device, expected None",
+        ),
     ],
 )
-def test_a_setting_that_is_refused_leaves_the_model_as_it_was(settings: dict[str, Any]) -> None:
+def test_a_setting_that_is_refused_leaves_the_model_as_it_was(
+    settings: dict[str, Any], error: type[Exception], words: str
+) -> None:
     model, ids = tiny("mixtral"), tokens()
     want = logits(model, ids)
-    with pytest.raises((ValueError, TypeError), match=f"{[*settings][-1]}|compute|slots|device"):
+    with pytest.raises(error, match=words):
         accelerate(model, **settings)
     assert torch.equal(logits(model, ids), want)
 

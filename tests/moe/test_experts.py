@@ -26,6 +26,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 from quernstone import moe
 from quernstone.moe import Experts, ExpertsShape, ExpertsWriter, load_experts, reference, route
 from quernstone.moe import save_experts as save
+from quernstone.moe.torch_op import operands
 from quernstone.quant import Scheme, quantize
 
 SHAPES = [
@@ -296,6 +297,23 @@ def test_names_what_cannot_be_computed() -> None:
         route([[1.0]], 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top_k: got 3, expected 1 to 2"):
         route(torch.zeros(1, 2), 3)
+
+
+def test_the_operator_reads_no_bytes_but_those_of_its_tensor() -> None:
+    experts = packed(SHAPES[2])
+    x, ids, weights = tokens(SHAPES[2])
+    data, settings = operands(experts)
+    operator = torch.ops.quernstone.moe_experts.default
+    assert torch.equal(operator(x, ids, weights, data, settings), experts(x, ids, weights))
+    nothing = torch.zeros(1, dtype=torch.uint8).expand(experts.shape.nbytes)
+    for strided in (nothing, data.repeat_interleave(2)[::2]):
+        with pytest.raises(ValueError, match="packed: got a strided tensor, expected a contiguous"):
+            operator(x, ids, weights, strided, settings)
+    for other in (torch.int8, torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=f"packed.dtype: got {other}, expected torch.uint8"):
+            operator(x, ids, weights, data.to(other), settings)
+    with pytest.raises(ValueError, match=r"packed.shape\[0\]: got \d+, expected a multiple of"):
+        operator(x, ids, weights, data[:-64], settings)
 
 
 def test_data_has_to_be_of_the_shape() -> None:

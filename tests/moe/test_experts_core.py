@@ -15,8 +15,11 @@ from tests.gemm.cases import FORMS, Form, aligned, normal, packed
 
 EXPERTS, HIDDEN, INTERMEDIATE = 5, 96, 72
 Matrices = tuple[Tensor, Tensor, Tensor]
-# fp32 sums of 96 and 72 products; int8 activations keep 7 bits and a sign in each of two products.
-FLOAT, INT8 = 2e-6, 0.02
+# Relative to the norm. fp32 sums of a hundred products, twice. Activations of 8 bits deviate by
+# 1 / (127 sqrt 12) of the largest of 32, which of a token's numbers is about 2.3 deviations, of
+# products of two such four: 0.005 in gate and up each, 0.009 in down, 0.012 in all, and 0.018 of a
+# single token. Roundings to bf16 deviate by 2^-8 / sqrt 3 of a number at most, six in all.
+FLOAT, INT8, TILES = 2e-6, 0.02, 2.0**-8 * 2**0.5
 
 
 def experts(
@@ -95,7 +98,11 @@ def test_experts_of_many_tokens_and_of_few_are_told_apart_one_by_one(form: Form,
         weights = torch.rand(140, 4, generator=torch.Generator().manual_seed(1))
         got = forward(layout, data, x, ids, weights, "mixed")
         want = expected(numbers, x, ids, weights)
-        assert float((got - want).norm() / want.norm()) <= INT8
+        few = FLOAT if form.format == "bf16" else INT8
+        many = TILES if isa == "avx512_amx" else few
+        assert float((got - want).norm() / want.norm()) <= max(few, many)
+        by_one = ids[:, 1:].max(1).values < 0  # of those, the expert with all tokens
+        assert float((got - want)[by_one].norm() / want[by_one].norm()) <= many
         # An expert's rows depend on its own tokens alone, whatever else the call has.
         apart = torch.zeros_like(got)
         for c in (1, 2, 0, 3):  # in the order of the experts' numbers

@@ -304,6 +304,7 @@ def test_compiled_and_traced_the_operator_gives_what_it_gives_called(dtype: torc
     [
         (torch.zeros(5, dtype=torch.int64), "settings.shape"),
         (torch.zeros(6), "settings.dtype"),
+        (torch.zeros(12, dtype=torch.int64)[::2], "settings: got a strided tensor"),
         (torch.tensor([3, HIDDEN, WIDE, 32, 0, 1]), "format"),
         (torch.tensor([2, HIDDEN, WIDE - 16, 32, 0, 1]), "packed.shape"),
     ],

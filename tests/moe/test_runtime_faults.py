@@ -173,6 +173,20 @@ def test_a_second_interrupt_leaves_nothing_that_is_taken_for_loaded(
         assert torch.equal(module(*call), layers["first"](*call[:3]))
 
 
+def test_placing_after_a_recovery_that_was_cut_short_makes_it_whole(
+    layers: dict[str, Experts],
+) -> None:
+    device = InterruptedTwice("compute", KeyboardInterrupt())
+    call = make_call(torch.Generator().manual_seed(1), 3)
+    with Runtime(layers, device, policy="fixed", cache="lru", slots=COUNT) as runtime:
+        device.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            runtime.layer("first")(*call)
+        assert device.told
+        runtime.place("second", [0])
+        assert torch.equal(runtime.layer("first")(*call), layers["first"](*call[:3]))
+
+
 def test_experts_whose_placing_failed_are_not_taken_for_loaded(layers: dict[str, Experts]) -> None:
     device = Failing("load", RuntimeError("device lost"))
     x, _, weights, scores = make_call(torch.Generator().manual_seed(1), 1)
@@ -198,13 +212,16 @@ def test_a_forked_process_is_told_and_ends(layers: dict[str, Experts]) -> None:
         code = 1
         try:
             torch.set_num_threads(1)
-            runtime.layer("first")(*call)
-        except ValueError as error:
-            code = 0 if "a process that was forked" in str(error) else 2
-            del error
-        runtime.close()
-        del runtime
-        os._exit(code)
+            try:
+                runtime.layer("first")(*call)
+            except ValueError as error:
+                code = 0 if "a process that was forked" in str(error) else 2
+            runtime.close()
+            del runtime
+        except BaseException:
+            code = 3
+        finally:
+            os._exit(code)  # or the child would run the tests that are left
     until = time.monotonic() + 20.0
     ended, status = 0, 0
     while not ended and time.monotonic() < until:

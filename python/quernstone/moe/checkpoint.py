@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -275,6 +275,8 @@ def load_packed(
     from transformers import GenerationConfig
 
     root = Path(folder)
+    if compute is not None and compute not in get_args(Compute):
+        raise ValueError(f"compute: got {compute!r}, expected one of {get_args(Compute)}")
     _read_manifest(root, verify=verify)
     model: Any = skeleton(root)
     experts = load_experts(root / EXPERTS, memory=memory, verify=verify)

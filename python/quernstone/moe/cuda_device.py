@@ -238,7 +238,7 @@ class CudaDevice:
         self._pump()
         rooms = [room for room, _ in found]
         if not rooms:
-            return torch.empty(0, self._layers[0].shape.hidden)
+            return torch.empty(0, self._layers[0].shape.hidden, dtype=torch.float32, device="cpu")
         return rooms[0] if len(rooms) == 1 else torch.cat(rooms)
 
     def abort(self) -> None:
@@ -497,7 +497,7 @@ def measured_costs(
 
     def experts(load: int) -> None:
         is_few = few(shape, load)
-        x = torch.zeros(load, shape.hidden, device=backend.device)
+        x = torch.zeros(load, shape.hidden, dtype=torch.float32, device=backend.device)
         tokens = np.tile(np.arange(load), _TOGETHER)
         offsets = [i * size for i in range(_TOGETHER)]
         call = (backend.few if is_few else backend.grouped)(

@@ -11,6 +11,8 @@ Axes: t tokens, m hidden width, h query heads, g key heads, s keys, d head width
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 from typing import Any, overload
 
 import numpy as np
@@ -76,12 +78,23 @@ class Decoder:
             if module is not model
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        self._tables = [
+            table for owner in model.modules() for table in (owner._modules, owner._parameters)
+        ]
+        self._parts = _parts(self._tables)
+        self._written = _written(self._parts)
         # Of steps of one token that do not run; each step has one to itself.
         self._rooms: list[_Room] = []
 
     def holds(self, model: Any) -> bool:
-        """Whether a model has the embedding and the output layer that it had."""
-        return model.lm_head is self._head and model.model.embed_tokens is self._embedding
+        """Whether a model has the layers and parameters that it had, and none was written to."""
+        parts = _parts(self._tables)
+        return (
+            model._modules is self._tables[0]
+            and len(parts) == len(self._parts)
+            and all(map(operator.is_, parts, self._parts))
+            and _written(parts) == self._written
+        )
 
     def takes(
         self,
@@ -126,7 +139,7 @@ class Decoder:
                 return False
             if tokens == 1:
                 return int(position_ids) == past
-            return torch.equal(position_ids[0], torch.arange(past, past + tokens))
+            return torch.equal(position_ids[0], torch.arange(past, past + tokens, device="cpu"))
         return True
 
     def __call__(self, input_ids: Tensor, cache: Any, keep: int) -> Tensor:
@@ -149,7 +162,7 @@ class Decoder:
         for layer, keys in zip(self.layers, kept, strict=True):
             add = layer.step(numbers, add, cos, sin, room, keys, past)
         last = tokens if keep == 0 else min(keep, tokens)
-        out = torch.empty(last, hidden.shape[1], dtype=torch.float32)
+        out = torch.empty(last, hidden.shape[1], dtype=torch.float32, device="cpu")
         assert add is not None
         _core.moe.final_norm(
             self._norm, self._eps, numbers[tokens - last :], add[tokens - last :], out.numpy()
@@ -164,8 +177,8 @@ class Decoder:
     def _rotation(self, begin: int, end: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         cos, sin = self._rotations
         if len(cos) < end:
-            positions = torch.arange(max(2 * end, _FIRST_CAPACITY))[None]
-            cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions)
+            positions = torch.arange(max(2 * end, _FIRST_CAPACITY), device="cpu")[None]
+            cos, sin = self._rotary(torch.empty(0, dtype=torch.float32, device="cpu"), positions)
             cos, sin = cos[0].contiguous().numpy(), sin[0].contiguous().numpy()
             self._rotations = cos, sin  # both at once: other threads read them
         return cos[begin:end], sin[begin:end]
@@ -186,6 +199,15 @@ class Decoder:
             with contextlib.suppress(IndexError):
                 return self._rooms.pop()
         return _Room(self.layers[0], tokens, self._dtype)
+
+
+def _parts(tables: list[dict[str, Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(table.values() for table in tables))
+
+
+def _written(parts: list[Any]) -> list[int]:
+    """How often each parameter was written to, where torch counts that."""
+    return [one._version for one in parts if isinstance(one, Tensor) and not one.is_inference()]
 
 
 class _Layer:
@@ -285,11 +307,11 @@ class _Room:
         self.normed = np.empty((tokens, layer.hidden), np.float32)
         self.projected = np.empty((tokens, (heads + 2 * layer.kv_heads) * width), np.float32)
         self.joined = np.empty((tokens, heads * width), np.float32)
-        self.queries = torch.empty(1, heads, tokens, width, dtype=dtype)
-        self.like_keys = torch.empty(1, layer.kv_heads, 0, width, dtype=dtype)
-        self.inputs = torch.empty(tokens, layer.hidden, dtype=torch.float32)
-        self.chosen = torch.empty(tokens, layer.choices, dtype=torch.int64)
-        self.shares = torch.empty(tokens, layer.choices, dtype=torch.float32)
+        self.queries = torch.empty(1, heads, tokens, width, dtype=dtype, device="cpu")
+        self.like_keys = torch.empty(1, layer.kv_heads, 0, width, dtype=dtype, device="cpu")
+        self.inputs = torch.empty(tokens, layer.hidden, dtype=torch.float32, device="cpu")
+        self.chosen = torch.empty(tokens, layer.choices, dtype=torch.int64, device="cpu")
+        self.shares = torch.empty(tokens, layer.choices, dtype=torch.float32, device="cpu")
         self.q = _numbers(self.queries)[0]
         self.x, self.ids = self.inputs.numpy(), self.chosen.numpy()
         self.weights = self.shares.numpy()

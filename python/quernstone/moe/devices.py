@@ -276,9 +276,9 @@ def measured_factor(layers: Sequence[Experts], costs: CostModel, most_tokens: in
         moved = _seconds(one.data.copy)
         ratio = max(ratio, _MARGIN * moved / costs.transfer)
         for load in loads:
-            x = torch.zeros(load, experts.shape.hidden, dtype=torch.float32)
-            ids = torch.zeros(load, 1, dtype=torch.int64)
-            weights = torch.ones(load, 1, dtype=torch.float32)
+            x = torch.zeros(load, experts.shape.hidden, dtype=torch.float32, device="cpu")
+            ids = torch.zeros(load, 1, dtype=torch.int64, device="cpu")
+            weights = torch.ones(load, 1, dtype=torch.float32, device="cpu")
             with one_thread():
                 took = _seconds(functools.partial(one, x, ids, weights))
             least = min(costs.gpu([load])[0], costs.cpu_seconds([load])[0])

@@ -113,7 +113,7 @@ class Experts:
     ) -> None:
         self.shape = shape
         self.data = data
-        self.compute = check_compute(compute, shape.format)
+        self.compute = compute
         self.guard: Callable[[], None] | None = None
         """Raises where the memory is no longer what it was: called before every use."""
         self._layout = shape.layout()
@@ -124,6 +124,15 @@ class Experts:
             raise ValueError(f"data.shape: got {data.shape}, expected {(shape.nbytes,)} in one run")
         if data.ctypes.data % _ALIGN:
             raise ValueError("data: got memory that is not aligned, expected 64 bytes")
+
+    @property
+    def compute(self) -> Compute:
+        """What a call that names none uses; None sets what fits the format."""
+        return self._compute
+
+    @compute.setter
+    def compute(self, compute: Compute | None) -> None:
+        self._compute: Compute = check_compute(compute, self.shape.format)
 
     def __reduce__(self) -> tuple[Any, tuple[ExpertsShape, NDArray[np.uint8], Compute]]:
         # The bytes that come back have to be aligned again.
@@ -268,7 +277,7 @@ class Experts:
         rows = x.detach().float()
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        out = torch.empty(rows.shape, dtype=torch.float32)
+        out = torch.empty(rows.shape, dtype=torch.float32, device="cpu")
         _core.moe.experts_forward(
             self._layout,
             self.data,
@@ -297,7 +306,7 @@ class Experts:
         layout = self._matrix(rows, inputs)
         packed = allocate_bytes(layout.bytes, huge_pages=False)
         packed[:] = data
-        out = torch.empty(rows, inputs, dtype=torch.float32)
+        out = torch.empty(rows, inputs, dtype=torch.float32, device="cpu")
         _core.unpack(layout, packed, out.numpy())
         return out
 

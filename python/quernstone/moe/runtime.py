@@ -191,7 +191,8 @@ class Runtime:
         """Experts of a layer that are on the device, or on their way."""
         place = self.layer(name).place
         assert place is not None
-        return [] if self._core is None else self._core.resident(place.layer)
+        with self._lock:
+            return [] if self._core is None else self._core.resident(place.layer)
 
     def place(self, name: str, experts: Iterable[int]) -> None:
         """Has just these experts of a layer on the device.
@@ -212,7 +213,9 @@ class Runtime:
                 "the layer's slots"
             )
         with self._lock:
-            if self._core is not None:
+            if self._core is not None and self.device is not None:
+                if self._given_up:
+                    self._recover(self._core, self.device)
                 self._given_up = True  # until all of it is on its way
                 self._core.clear(place.layer)
                 self._bring(place.layer, wanted)
@@ -283,7 +286,7 @@ class Runtime:
                 if raised is not None:
                     raise raised from None
                 if isinstance(error, Exception):
-                    check_call(x, ids, weights, self._experts[layer].shape.hidden)
+                    check_call(x, ids, weights, self._experts[layer].shape.hidden, scores)
                 raise
             if self._recording is not None:
                 self._recording.add(core, layer, begun, time.perf_counter())
@@ -310,7 +313,7 @@ class Runtime:
         weights: Tensor,
         scores: Tensor | None,
     ) -> Tensor:
-        check_call(x, ids, weights, self._experts[layer].shape.hidden)
+        check_call(x, ids, weights, self._experts[layer].shape.hidden, scores)
         now = time.perf_counter()
         device.begin()
         given = x.detach().float().contiguous()
@@ -345,7 +348,7 @@ class Runtime:
                 self._paced,
             )
         found = device.collect() if core.on_device else None
-        out = torch.empty(rows.shape, dtype=torch.float32)
+        out = torch.empty(rows.shape, dtype=torch.float32, device="cpu")
         core.combine(None if found is None else found.numpy(), out.numpy())
         core.finish()
         return out.to(x.device, x.dtype)
@@ -363,7 +366,7 @@ class Runtime:
         """`_step` on an emulated device."""
         plain = x.dtype is torch.float32 and x.is_cpu and x.is_contiguous()
         if not plain:
-            check_call(x, ids, weights, self._experts[layer].shape.hidden)
+            check_call(x, ids, weights, self._experts[layer].shape.hidden, scores)
             ids, weights = ids.cpu(), weights.cpu()
         given = x if plain else x.float().cpu().contiguous()
         if scores is not None and not (scores.is_cpu and scores.dtype is torch.float32):
@@ -470,7 +473,7 @@ class HybridMoE(nn.Module):
             try:
                 return self._call(x, ids, weights)
             except Exception:
-                check_call(x, ids, weights, self.experts.shape.hidden)
+                check_call(x, ids, weights, self.experts.shape.hidden, scores)
                 raise
         assert self.place is not None
         return self.place.runtime._run(self.place.layer, x, ids, weights, scores)
@@ -497,12 +500,14 @@ def _mapping(experts: Experts) -> mmap.mmap | None:
     return None
 
 
-def check_call(x: Any, ids: Any, weights: Any, hidden: int) -> None:
+def check_call(x: Any, ids: Any, weights: Any, hidden: int, scores: Any = None) -> None:
     """Types and ranks of a call; the core sees to the rest."""
+    floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     for name, value, dtypes in (
         ("x", x, (torch.float32, torch.bfloat16)),
         ("ids", ids, (torch.int64,)),
         ("weights", weights, (torch.float32,)),
+        *((("scores", scores, floats),) if scores is not None else ()),
     ):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
@@ -515,6 +520,8 @@ def check_call(x: Any, ids: Any, weights: Any, hidden: int) -> None:
         raise ValueError(f"x.shape[1]: got {x.shape[1]}, expected {hidden}")
     if ids.shape[0] != x.shape[0]:
         raise ValueError(f"ids.shape[0]: got {ids.shape[0]}, expected {x.shape[0]}")
+    if scores is not None and scores.shape[0] != x.shape[0]:
+        raise ValueError(f"scores.shape[0]: got {scores.shape[0]}, expected {x.shape[0]}")
 
 
 def check_device(device: Any, costs: Any) -> None:

@@ -45,7 +45,7 @@ def operands(experts: Experts) -> tuple[Tensor, Tensor]:
         shape.zero_points,
         _COMPUTES[experts.compute],
     )
-    return packed, torch.tensor(settings, dtype=torch.int64)
+    return packed, torch.tensor(settings, dtype=torch.int64, device="cpu")
 
 
 def bind_experts(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -19,7 +19,9 @@ from quernstone.pim.macro import Count, Macro
 
 Resolution = Literal["bank", "macro", "row"]
 Formulation = Literal["auto", "table", "dot", "tiles"]
+_RESOLUTIONS = get_args(Resolution)
 _ALIGN = 64
+_BYTE, _PAIR = np.dtype(np.int8), np.dtype(np.int16)
 
 
 class Array:
@@ -42,6 +44,7 @@ class Array:
         self.outputs, self.inputs = matrix.shape
         self._weights = narrowed(matrix, macro.weight_bits)
         self._lines = lines_of(macro)
+        self._tiles, self._cycles = self.tiles, macro.cycles_per_vector
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -92,12 +95,10 @@ class Array:
         numpy's `bitwise_count`.
         """
         x = self._inputs(inputs)
-        if resolution not in get_args(Resolution):
-            raise ValueError(
-                f"resolution: got {resolution!r}, expected one of {get_args(Resolution)}"
-            )
-        cycles = self.cycles(len(x))
-        rows, banks = self.tiles
+        if resolution not in _RESOLUTIONS:
+            raise ValueError(f"resolution: got {resolution!r}, expected one of {_RESOLUTIONS}")
+        cycles = len(x) * self._cycles
+        rows, banks = self._tiles
         if resolution == "row":
             return self._row_toggles(x, formulation, out)
         columns = self.outputs if resolution == "bank" else banks
@@ -205,7 +206,9 @@ def line_toggles_of(x: NDArray[Any], lines: _core.pim.Lines, macro: Macro) -> ND
 
 def narrowed(array: NDArray[Any], bits: int) -> NDArray[Any]:
     """The same bits as int8 or int16, contiguous along the last axis."""
-    dtype = np.dtype(np.int8 if bits <= 8 else np.int16)
+    dtype = _BYTE if bits <= 8 else _PAIR
+    if array.dtype is dtype and array.size and array.flags.carray:
+        return array
     same = array.dtype.itemsize == dtype.itemsize and array.dtype.isnative
     # Unsigned values that are within the bits wrap.
     array = array.view(dtype) if same else array.astype(dtype)

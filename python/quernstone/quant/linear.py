@@ -172,7 +172,7 @@ class PackedMatrix:
 
     def unpack(self) -> Tensor:
         """[n, k] fp32, the weights as they are computed with."""
-        out = torch.empty(self.shape.outputs, self.shape.inputs, dtype=torch.float32)
+        out = torch.empty(self.shape.outputs, self.shape.inputs, dtype=torch.float32, device="cpu")
         _core.unpack(self.layout, self.data, out.numpy())
         return out
 
@@ -203,7 +203,7 @@ class PackedMatrix:
         if rows.ndim == 2 and rows.stride(1) != 1:
             rows = rows.contiguous()
         tokens = rows.shape[0] if rows.ndim else 0
-        out = torch.empty(tokens, self.shape.outputs, dtype=torch.float32)
+        out = torch.empty(tokens, self.shape.outputs, dtype=torch.float32, device="cpu")
         how = check_compute(compute, self.shape.format)
         _core.multiply(self.layout, self.data, rows.numpy(), how, out.numpy())
         return out.to(x.dtype)
