@@ -126,16 +126,22 @@ def bench_macro(case: CountCase, measure: Measure) -> None:
 
 @rows(*(CountCase("mvm", t, quick=t == 1) for t in (1, 2)))
 def bench_mvm(case: CountCase, measure: Measure) -> None:
-    """The product, one input bit a cycle, beside bit planes in numpy."""
+    """The product, one input bit a cycle, beside bit planes in numpy and the product itself."""
     array, x = pim.Array(cases.weights(), MACRO), cases.inputs()
     w = cases.weights()
     want = x.astype(np.int64) @ w.astype(np.int64).T
+    x_torch, w_torch = torch.from_numpy(x), torch.from_numpy(w).T
     measure.speed(
         what="bit-serial product: 512 x 64 macro, 8 x 8 bits, 256 vectors",
         ours=lambda: array.mvm(x),
         check=differing(want),
         rivals=[
             Rival("numpy bitwise_count", lambda: reference.mvm(w, x, MACRO), differing(want)),
+            Rival(
+                "torch._int_mm, no bits",
+                lambda: torch._int_mm(x_torch, w_torch),
+                differing(want),
+            ),
             Absent(
                 "CrossSim 3.2.0",
                 "recorded: 0.009 Tbit-op/s, 232 us a vector on one core of a Zen 4, relative error "
@@ -144,6 +150,10 @@ def bench_mvm(case: CountCase, measure: Measure) -> None:
         ],
         unit="us",
         calls=CALLS,
+        notes=[
+            "numpy: the same bits one after the other, our reference; torch: the plain product of "
+            "8 bits, which gives the same integers but tells nothing of a cycle",
+        ],
     )
     tell_rate(measure)
 

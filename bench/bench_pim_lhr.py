@@ -5,7 +5,7 @@ from __future__ import annotations
 from quernstone.bench import limits
 from quernstone.bench.cases import pim_lhr as cases
 from quernstone.bench.cases.pim_lhr import Layer, SpeedCase, Tuned
-from quernstone.bench.harness import Absent, Check, Measure, Named, Rival, rows
+from quernstone.bench.harness import Absent, Check, Measure, Named, Rival, distance, rows
 from quernstone.bench.rivals import pim_lhr as rivals
 from quernstone.bench.rows import Spread
 from quernstone.pim import hamming_regulariser_into
@@ -112,7 +112,7 @@ def bench_minilm_price(case: Named, measure: Measure) -> None:
     measure.value(
         what=what,
         unit="price",
-        compute=lambda: abs(cases.chosen_price() - cases.Recipe().price),
+        compute=lambda: distance(cases.chosen_price(), cases.Recipe().price),
         notes=[f"of {cases.PRICES}; enough: a cosine of {cases.WANTED} on validation sentences"],
     )
 

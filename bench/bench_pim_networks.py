@@ -11,7 +11,7 @@ from quernstone.bench import figures_pim
 from quernstone.bench.cases import pim_networks as cases
 from quernstone.bench.cases.pim_networks import NETWORKS, Network, deviation, table
 from quernstone.bench.fidelity import layer_snr
-from quernstone.bench.harness import Absent, Measure, rows
+from quernstone.bench.harness import Absent, Measure, distance, rows
 from quernstone.bench.optional import GET_MODELS
 from quernstone.pim import Macro, toggle_rate
 from quernstone.pim.network import Compressed, integer_inputs
@@ -101,7 +101,7 @@ def bench_point(case: NetworkCase, measure: Measure) -> None:
 
     _value(
         case, measure, "operating point: distance of the one in use from that of validation inputs",
-        "dB", lambda: abs(cases.operating_point(of.name).snr - of.snr), notes,
+        "dB", lambda: distance(cases.operating_point(of.name).snr, of.snr), notes,
     )  # fmt: skip
 
 

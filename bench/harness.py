@@ -99,6 +99,17 @@ class WrongResult(AssertionError):
     """Ours disagrees with the reference, so there is nothing to time."""
 
 
+def distance(chosen: float | None, used: float) -> float:
+    """Of what is in use from what was chosen again.
+
+    Raises:
+        WrongResult: nothing was good enough to be chosen.
+    """
+    if chosen is None:
+        raise WrongResult(f"{used:g} is in use, of all that was looked at nothing is enough")
+    return abs(chosen - used)
+
+
 def rows(*cases: Case) -> pytest.MarkDecorator:
     """One benchmark per case, named by the case's id."""
     return pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases])

@@ -205,8 +205,8 @@ def tuned(recipe: Recipe = Recipe(), say: Callable[[str], None] | None = None) -
 
 
 @functools.cache
-def chosen_price() -> float:
-    """The highest of `PRICES` at which validation sentences keep what is `WANTED`."""
+def chosen_price() -> float | None:
+    """The highest of `PRICES` at which validation sentences keep what is `WANTED`, if any."""
     return first_enough(
         PRICES, lambda price: float(tuned(Recipe(price=price)).validation.mean()) >= WANTED
     )

@@ -53,8 +53,8 @@ class Network:
         return self.least + (self.whole - self.least) / 4
 
 
-def first_enough(points: Sequence[float], enough: Callable[[float], bool]) -> float:
-    """The first of points that is enough, where all after it are; the last where none is.
+def first_enough(points: Sequence[float], enough: Callable[[float], bool]) -> float | None:
+    """The first of points that is enough, where all after it are; None where none is.
 
     Found by bisection.
     """
@@ -65,6 +65,9 @@ def first_enough(points: Sequence[float], enough: Callable[[float], bool]) -> fl
             high = middle
         else:
             low = middle + 1
+    # All others have been looked at.
+    if low == len(points) - 1 and not enough(points[low]):
+        return None
     return points[low]
 
 
@@ -225,8 +228,8 @@ def compressed(name: str, snr: float) -> Compressed:
 
 
 class Chosen(NamedTuple):
-    snr: float
-    """dB, of the network's points."""
+    snr: float | None
+    """dB, of the network's points; None where none of them is enough."""
     kept: dict[float, float]
     """What was kept of validation inputs at the points that were looked at."""
 

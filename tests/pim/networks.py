@@ -57,7 +57,7 @@ def transposed(groups: int = 1) -> Graph:
     )
 
 
-def perceptron() -> Graph:
+def perceptron(width: int = 40) -> Graph:
     """Two linear layers; the first one's weight has a negative mean, as shifts like it."""
     return Graph(
         (
@@ -68,9 +68,9 @@ def perceptron() -> Graph:
         (Value("x", "float32", (None, 24)),),
         ("y",),
         {
-            "w1": normal(40, 24, seed=2) - 0.3,
-            "b1": normal(40, seed=3),
-            "w2": normal(9, 40, seed=4),
+            "w1": normal(width, 24, seed=2) - 0.3,
+            "b1": normal(width, seed=3),
+            "w2": normal(9, width, seed=4),
         },
     )
 

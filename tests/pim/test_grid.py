@@ -288,6 +288,23 @@ def test_currents_of_another_shape_or_that_are_no_numbers_are_refused() -> None:
         Response(found, tile_shares(grid, 2, 2)).worst(-np.ones((3, 4)))
 
 
+def test_a_response_is_of_real_shares_of_some_macros_and_to_real_currents() -> None:
+    grid, currents = lattice(4)
+    found = factor(grid)
+    with pytest.raises(ValueError, match="shares: got 0 macros, expected 1 or more"):
+        Response(found, np.empty((0, grid.nodes)))
+    shares = tile_shares(grid, 2, 2)
+    with pytest.raises(TypeError, match="shares: got complex128, expected real numbers"):
+        Response(found, shares.astype(complex))
+    response = Response(found, shares)
+    for call in (response.drop, response.worst):
+        with pytest.raises(TypeError, match="currents: got complex64, expected real numbers"):
+            call(np.ones((3, 4), np.complex64))
+    with pytest.raises(TypeError, match="currents: got complex128, expected real numbers"):
+        found.drop(currents + 0j)
+    assert response.worst(np.empty((0, 4))).shape == (0, 4)
+
+
 CHIP = Machine(
     "chip",
     {

@@ -190,14 +190,40 @@ def test_a_budget_for_each_layer_is_kept_by_each() -> None:
 def test_a_row_of_wide_steps_is_not_forgotten_by_the_estimate() -> None:
     graph = networks.perceptron()
     weights = graph.constants["w1"].copy()
-    # A row that is not among those that are tried, every fifth, has steps 200 times as wide.
-    weights[3, 0] *= 200.0
-    inputs = _inputs(graph, 512)
-    inputs["x"][:, 0] /= 200.0
+    # A row that is not among those that are tried, every fifth, has steps 8 times as wide. Were it
+    # forgotten, 32 dB would become 31. A price counts for less beside wide steps, so its errors are
+    # smaller than its steps foretell, and the ratio is kept without an allowance.
+    weights[3] *= 8.0
     graph = replace(graph, constants={**graph.constants, "w1": weights})
-    candidates = Candidates(graph, calibrate(graph, [inputs]), rows=8)
+    candidates = Candidates(graph, calibrate(graph, [_inputs(graph, 512)]), rows=8)
     for snr in (26.0, 32.0):
-        assert candidates.choose(snr, fidelity="each").layers[0].snr > snr - 3.0
+        assert candidates.choose(snr, fidelity="each").layers[0].snr >= snr
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "pruned"),
+    [
+        ("perceptron", 1, [0, 2]),
+        ("perceptron", 1, [0, 1, 2]),
+        ("grouped", 1, [0, 2]),
+        ("grouped", 2, [0, 2]),
+    ],
+)
+def test_a_layer_is_not_judged_by_rows_that_are_pruned(
+    name: str, groups: int, pruned: list[int]
+) -> None:
+    graph = networks.conv("grouped", outputs=240) if name == "grouped" else networks.perceptron(120)
+    constant = weights_of(graph)[0].constant
+    weights = graph.constants[constant].copy()
+    # Every fourth row from 0 and 2 on: with 30 to try of 120, half of them or all are zeros.
+    among = weights.reshape(-1, 120, *weights.shape[1:])[:groups]
+    for first in pruned:
+        among[:, first::4] = 0.0
+    graph = replace(graph, constants={**graph.constants, constant: weights})
+    tried = 30 * weights_of(graph)[0].groups
+    candidates = Candidates(graph, calibrate(graph, [_inputs(graph, 512)]), rows=tried)
+    for snr in (28.0, 36.0):
+        assert candidates.choose(snr, fidelity="each").layers[0].snr >= snr
 
 
 def test_without_a_price_the_network_stays_what_it_is() -> None:

@@ -304,12 +304,19 @@ class Response:
     Args:
         factor: of the grid.
         shares: [c, n] how a macro's current spreads over the nodes; each row adds up to 1.
+
+    Raises:
+        ValueError: no macros, another shape, shares below 0 or that do not add up to 1; in calls
+            currents of another shape or that are not finite.
+        TypeError: complex numbers.
     """
 
     def __init__(self, factor: Factor, shares: ArrayLike) -> None:
         x = _checked("shares", shares, factor.grid.nodes)
         if x.ndim != 2:
             raise ValueError(f"shares: got {x.ndim} axes, expected [macros, nodes]")
+        if len(x) == 0:
+            raise ValueError("shares: got 0 macros, expected 1 or more")
         if np.any(x < 0.0) or not np.allclose(x.sum(axis=1), 1.0, rtol=0.0, atol=1e-9):
             raise ValueError("shares: got rows that do not add up to 1, expected shares from 0 on")
         self.grid = factor.grid
@@ -388,12 +395,13 @@ class _Screen:
             off = np.stack([np.abs(c - a @ v).max(axis=1) for c, a, v in fits])
             if (off.sum(axis=1) <= self.ENOUGH).all():
                 break
-        # Twice what as many roundings add, for those of the bound itself.
+        # Twice what as many roundings add, for those of the bound itself: csrc/pim/README.md.
         rounding = (macros + scores + 8) * float(np.finfo(np.float32).eps)
         self.basis = np.zeros((macros, macros, scores + 1), np.float32)
         for m, (_, a, v) in enumerate(fits):
             self.basis[m, :, : a.shape[1]] = a
-            self.basis[m, :, scores] = off[m] + rounding * (np.abs(a) @ np.abs(v)).max(axis=1)
+            size = (np.abs(a) @ np.abs(v)).max(axis=1)
+            self.basis[m, :, scores] = off[m] + rounding * (off[m] + size)
         self.places = np.concatenate([self._tiles(v, scores) for _, _, v in fits])
 
     def worst(self, currents: Floats) -> Floats:
@@ -443,7 +451,10 @@ def tile_shares(grid: Grid, rows: int, columns: int) -> Floats:
 
 
 def _checked(name: str, values: ArrayLike, last: int) -> Floats:
-    x = np.ascontiguousarray(values, np.float64)
+    given = np.asarray(values)
+    if np.iscomplexobj(given):
+        raise TypeError(f"{name}: got {given.dtype}, expected real numbers")
+    x = np.ascontiguousarray(given, np.float64)
     if x.ndim < 1 or x.shape[-1] != last:
         raise ValueError(f"{name}: got shape {x.shape}, expected [..., {last}]")
     if not np.isfinite(x).all():

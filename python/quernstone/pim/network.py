@@ -35,6 +35,9 @@ PRICES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 _PROBES = (2.0, 8.0)
 # Rows of a layer that are tried, and columns of its inputs that are taken from one batch.
 _ROWS, _COLUMNS = 64, 4096
+# Odds of a row of zeros in a sample over those in the layer, from which on such rows are tried
+# apart: errors are underrated by no more.
+_MOST_ODDS = 3.0
 # Ratios beyond are all the same.
 _MOST_DECIBELS = 90.0
 # What a layer above the mean can make up for others.
@@ -291,7 +294,8 @@ class Candidates:
             fidelity: "noise": the relative squared errors of the layers, each times its
                 sensitivity, come to no more than if every layer had `snr`; their mean ratio is then
                 at least that. "each": every layer's ratio is, where some rounding reaches it.
-                "mean": the mean over the layers is, each counting up to 6 dB above it.
+                "mean": the mean over the layers is, each counting up to 6 dB above it. All by the
+                estimate from the rows that were tried; the layers tell what became of all.
             sensitivity: by names of layers, for "noise"; 1 for those not named.
 
         Raises:
@@ -449,6 +453,17 @@ def integer_inputs(
     return (rows * (most / largest if largest else 0.0)).round().numpy().astype(np.int16)
 
 
+class _Part(NamedTuple):
+    """Rows of a weight of which some are tried for all."""
+
+    tried: Tensor
+    """Those that are tried."""
+    share: float
+    """Of the rows."""
+    heard: float
+    """Of their errors."""
+
+
 class _Problem:
     """One weight to round: all of it, or some rows of each group.
 
@@ -469,18 +484,15 @@ class _Problem:
         self.weight, self.hessian, self.upper, self.power = weight, hessian, upper, power
         self.bits = bits
         self.nearest = nearest_codes(weight, array, bits)
-        g, n, _ = weight.matrices(array).shape
-        few = n if rows is None else min(n, max(1, -(-rows // g)))
-        index = torch.arange(few) * n // few
-        self.share = few / n
-        self._index = index
-        self.matrices = weight.matrices(self.nearest.values()).double()[:, index]
+        values = weight.matrices(self.nearest.values())
         scales = weight.per_row(torch.from_numpy(self.nearest.scale))
-        self.scale = scales[:, index]
         steps = upper.diagonal(dim1=1, dim2=2).square().reciprocal().mean()
         self.unit = float(steps * scales.square().mean())
-        # Errors of a row are as large as its steps: a few rows may make most of a layer's.
-        self._heard = float(self.scale.square().sum() / scales.square().sum())
+        few = None if rows is None else max(1, -(-rows // weight.groups))
+        self._parts = _sampled((values == 0).all(dim=2), scales, few)
+        self._sizes = [len(part.tried) for part in self._parts]
+        index = torch.cat([part.tried for part in self._parts])
+        self.matrices, self.scale = values.double()[:, index], scales[:, index]
 
     def round(self, option: _Option) -> Tensor:
         """Stored integers [g, n, k]."""
@@ -497,7 +509,20 @@ class _Problem:
         """Of what was rounded last, against the nearest integers."""
         values = (stored.double() - self._shift) * (self.scale * self._stretch).unsqueeze(-1)
         off = values - self.matrices
-        return float(((off @ self.hessian.double()) * off).sum().clamp(min=0)) / self._heard
+        errors = ((off @ self.hessian.double()) * off).split(self._sizes, dim=1)
+        return sum(
+            float(those.sum().clamp(min=0)) / part.heard
+            for those, part in zip(errors, self._parts, strict=True)
+        )
+
+    def ones(self, stored: Tensor) -> float:
+        """Of all of the layer, from what was rounded."""
+        mask = (1 << self.bits) - 1
+        return sum(
+            float(np.bitwise_count(those.numpy().astype(np.int32) & mask).sum(dtype=np.int64))
+            / part.share
+            for those, part in zip(stored.split(self._sizes, dim=1), self._parts, strict=True)
+        )
 
     def codes(self, stored: Tensor, option: _Option) -> Codes:
         array = self.weight.array(stored).contiguous().numpy()
@@ -513,9 +538,7 @@ class _Problem:
             key = (stretch, shift, price)
             if key not in tried:
                 stored = self._stored(*key)
-                mask = (1 << self.bits) - 1
-                ones = np.bitwise_count(stored.numpy().astype(np.int32) & mask).sum(dtype=np.int64)
-                tried[key] = _Option(*key, float(ones) / self.share, self.noise(stored))
+                tried[key] = _Option(*key, self.ones(stored), self.noise(stored))
             return tried[key]
 
         kept = {pairs[0]}
@@ -530,6 +553,32 @@ class _Problem:
             for price in prices:
                 at(stretch, shift, price)
         return list(tried.values())
+
+
+def _sampled(zero: Tensor, scales: Tensor, few: int | None) -> list[_Part]:
+    """Some rows, evenly spread, of [g, n] with their steps, of which some are zeros."""
+
+    def part(places: Tensor, steps: Tensor) -> _Part:
+        n = len(places)
+        size = n if few is None else min(n, few)
+        index = places[torch.arange(size) * n // size]
+        # Errors of a row are as large as its steps: a few rows may make most of a layer's.
+        heard = steps[:, index].square().sum() / steps[:, places].square().sum()
+        return _Part(index, size / n, float(heard))
+
+    every = torch.arange(zero.shape[1])
+    whole = part(every, scales)
+    if _odds(zero[:, whole.tried]) <= _MOST_ODDS * _odds(zero):
+        return [whole]
+    # Rows of zeros have steps but no errors: too many of them hush the others.
+    none = zero.all(dim=0)
+    apart = [(every[~none], scales * ~zero), (every[none], scales)]
+    return [part(places, steps) for places, steps in apart if len(places)]
+
+
+def _odds(true: Tensor) -> float:
+    share = float(true.double().mean())
+    return share / (1 - share) if share < 1 else math.inf
 
 
 def _decibels(noise: float, power: float) -> float:
