@@ -276,6 +276,7 @@ def bench_overhead_of_device(case: Named, measure: Measure) -> None:
     costs = replace(EmulatedDevice("a6000-xeon10").costs(shape), cpu_first=0.0)
     device = EmulatedDevice(costs, factor=1e-4)
     trips: list[float] = []
+    at_once: list[float] = []
 
     def compute() -> Spread:
         found = []
@@ -290,6 +291,8 @@ def bench_overhead_of_device(case: Named, measure: Measure) -> None:
                         time.sleep(0.001)  # the workers park, and caches cool for both
                         times.append(per_call(run, 1))
                 found.append(statistics.median(steps) - statistics.median(alone))
+                alone_again = per_call(core, OVERHEAD_CALLS)
+                at_once.append(per_call(lambda: module(*call), OVERHEAD_CALLS) - alone_again)
                 trips.append(statistics.median(_core.moe.seconds_of_round_trips(20)))
         return Spread.of(found).scaled(MICRO)
 
@@ -300,7 +303,10 @@ def bench_overhead_of_device(case: Named, measure: Measure) -> None:
         rivals={},
     )
     trip = MICRO * statistics.median(trips)
-    measure.row.notes.append(f"a round trip to a parked worker in the same rounds: {trip:.3g} us")
+    measure.row.notes += [
+        f"a round trip to a parked worker in the same rounds: {trip:.3g} us",
+        f"one step after the other, without a pause: {MICRO * statistics.median(at_once):.3g} us",
+    ]
     measure.row.rivals["round trip"] = rival(trip, measure.row.ours)
     measure.row.rank()
 
