@@ -317,6 +317,7 @@ Status Runtime::look_ahead_in_step(const StepArgs& args) {
         auto& ids = chosen_[static_cast<std::size_t>(distance - 1)];
         ids.resize(static_cast<std::size_t>(tokens * choices));
         const View<std::int64_t, 2> to{ids.data(), {tokens, choices}, {choices, 1}};
+        room_.resize(static_cast<std::size_t>(rows.extent[0]));
         moe::choose(rows, args.cpu.x, planner_.experts(layer), to, room_);
         guesses.push_back({layer, distance, {ids.data(), to.extent, to.stride}});
     }

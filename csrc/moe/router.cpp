@@ -31,10 +31,9 @@ float dot(const float* a, const float* b, std::int64_t n) noexcept {
 }  // namespace
 
 void choose(View<const float, 2> router, View<const float, 2> x, std::int64_t count,
-            View<std::int64_t, 2> ids, std::vector<float>& scores) {
+            View<std::int64_t, 2> ids, std::span<float> scores) noexcept {
     constexpr float kLeast = -std::numeric_limits<float>::infinity();
     const std::int64_t routed = router.extent[0], chosen = ids.extent[1];
-    scores.resize(static_cast<std::size_t>(routed));
     for (std::int64_t t = 0; t < x.extent[0]; ++t) {
         for (std::int64_t e = 0; e < routed; ++e) {
             const float found = dot(router.at(e, 0), x.at(t, 0), x.extent[1]);
