@@ -8,36 +8,17 @@
 
 #include "common/parallel.h"
 #include "common/round.h"
+#include "moe/dot.h"
 
 namespace quernstone::moe {
 namespace {
 
 constexpr std::int64_t kMaxChoices = 64;
-constexpr std::int64_t kLanes = 16;
 // Below this many numbers a second thread costs more than it gives.
 constexpr std::int64_t kWorthAThread = 65536;
 
 int threads_for(std::int64_t numbers, int threads) noexcept {
     return numbers < kWorthAThread ? 1 : threads;
-}
-
-// The order of the sum is that of the lanes, whatever the processor.
-float dot(const float* a, const float* b, std::int64_t n) noexcept {
-    std::array<float, kLanes> lanes{};
-    std::int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-            lanes[static_cast<std::size_t>(lane)] += a[i + lane] * b[i + lane];
-        }
-    }
-    float sum = 0.0F;
-    for (; i < n; ++i) {
-        sum += a[i] * b[i];
-    }
-    for (const float lane : lanes) {
-        sum += lane;
-    }
-    return sum;
 }
 
 void normalize(const RmsNorm& norm, const float* x, std::int64_t n, float* out) noexcept {

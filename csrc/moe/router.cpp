@@ -1,35 +1,12 @@
 #include "moe/router.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 
+#include "moe/dot.h"
+
 namespace quernstone::moe {
-namespace {
-
-// In sixteen sums, so that the compiler need not keep one order.
-float dot(const float* a, const float* b, std::int64_t n) noexcept {
-    constexpr std::int64_t kLanes = 16;
-    std::array<float, kLanes> sums{};
-    std::int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-            sums[static_cast<std::size_t>(lane)] += a[i + lane] * b[i + lane];
-        }
-    }
-    float sum = 0.0F;
-    for (; i < n; ++i) {
-        sum += a[i] * b[i];
-    }
-    for (const float one : sums) {
-        sum += one;
-    }
-    return sum;
-}
-
-}  // namespace
-
 void choose(View<const float, 2> router, View<const float, 2> x, std::int64_t count,
             View<std::int64_t, 2> ids, std::span<float> scores) noexcept {
     constexpr float kLeast = -std::numeric_limits<float>::infinity();

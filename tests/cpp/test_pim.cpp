@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "common/cpu.h"
+#include "levels.h"
 #include "pim/pim.h"
 
 using namespace quernstone;
@@ -16,16 +17,6 @@ namespace {
 
 constexpr Formulation kAll[] = {Formulation::kAuto, Formulation::kTable, Formulation::kDot,
                                 Formulation::kTiles};
-
-template <class Body>
-void at_every_level(Body body) {
-    const Isa before = active_isa();
-    for (const Isa isa : available_isas()) {
-        CHECK(set_isa(isa_name(isa)));
-        body();
-    }
-    CHECK(set_isa(isa_name(before)));
-}
 
 // Exactly as large as the contract says, so that a sanitizer sees a read or write beyond.
 template <class T>

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "common/cpu.h"
+#include "levels.h"
 #include "pim/superpose.h"
 
 using namespace quernstone;
@@ -141,16 +142,6 @@ void worst_drops_are_those_of_all_nodes(Chip chip, std::int64_t spare, int threa
             }
         }
     }
-}
-
-template <class Body>
-void at_every_level(Body body) {
-    const Isa before = active_isa();
-    for (const Isa isa : available_isas()) {
-        CHECK(set_isa(isa_name(isa)));
-        body();
-    }
-    CHECK(set_isa(isa_name(before)));
 }
 
 }  // namespace

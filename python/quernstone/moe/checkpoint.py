@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from quernstone.moe.hf import (
     together,
 )
 from quernstone.moe.routing import MoeBlock, moe_blocks
-from quernstone.quant.linear import MatrixShape, PackedMatrix
+from quernstone.quant.linear import MatrixShape, PackedMatrix, check_compute
 
 VERSION = 1
 MANIFEST, EXPERTS, REST = "quernstone.json", "experts.qse", "rest.safetensors"
@@ -275,8 +275,7 @@ def load_packed(
     from transformers import GenerationConfig
 
     root = Path(folder)
-    if compute is not None and compute not in get_args(Compute):
-        raise ValueError(f"compute: got {compute!r}, expected one of {get_args(Compute)}")
+    check_compute(compute, "int8")  # that it is a name; bf16 experts keep their own for "int8"
     _read_manifest(root, verify=verify)
     model: Any = skeleton(root)
     experts = load_experts(root / EXPERTS, memory=memory, verify=verify)

@@ -44,12 +44,13 @@ class Array:
         self.outputs, self.inputs = matrix.shape
         self._weights = narrowed(matrix, macro.weight_bits)
         self._lines = lines_of(macro)
-        self._tiles, self._cycles = self.tiles, macro.cycles_per_vector
+        self._tiles = macro.tiles(self.outputs, self.inputs)
+        self._cycles = macro.cycles_per_vector
 
     @property
     def tiles(self) -> tuple[int, int]:
         """Tiles of rows and of banks."""
-        return self.macro.tiles(self.outputs, self.inputs)
+        return self._tiles
 
     @property
     def padding(self) -> float:
@@ -58,7 +59,7 @@ class Array:
 
     def cycles(self, vectors: int) -> int:
         """Of so many vectors, idle ones included."""
-        return vectors * self.macro.cycles_per_vector
+        return vectors * self._cycles
 
     def toggles(
         self,
@@ -97,8 +98,8 @@ class Array:
         x = self._inputs(inputs)
         if resolution not in _RESOLUTIONS:
             raise ValueError(f"resolution: got {resolution!r}, expected one of {_RESOLUTIONS}")
-        cycles = len(x) * self._cycles
-        rows, banks = self._tiles
+        cycles = self.cycles(len(x))
+        rows, banks = self.tiles
         if resolution == "row":
             return self._row_toggles(x, formulation, out)
         columns = self.outputs if resolution == "bank" else banks
